@@ -1,0 +1,1 @@
+"""Text to fixed-length rows, rows to batches."""

@@ -1,0 +1,1 @@
+"""Hugging Face files: what is read from them and what is written for others to read."""

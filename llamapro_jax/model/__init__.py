@@ -1,0 +1,1 @@
+"""The Transformer over two stacks of blocks: `base` and `new`."""

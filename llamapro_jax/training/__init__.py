@@ -1,0 +1,1 @@
+"""State, step and loop of a training run."""
