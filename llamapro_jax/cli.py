@@ -1,0 +1,95 @@
+"""The command `llamapro`: parse, call, print. What a verb does is in `llamapro_jax.verbs`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from types import ModuleType
+
+from llamapro_jax import __version__
+from llamapro_jax.errors import UserError, nearest
+
+VERBS = (
+    "quickstart",
+    "convert",
+    "expand",
+    "inspect",
+    "train",
+    "evaluate",
+    "report",
+    "generate",
+    "export",
+    "apply",
+)
+
+DESCRIPTION = """\
+LLaMA Pro for JAX: grow a LLaMA by zero-initialised copies of some of its blocks, train only
+those on a new domain, and hand back a Hugging Face checkpoint.
+"""
+
+EXAMPLE = """\
+example, from a LLaMA 2 to one that knows a new domain:
+  llamapro convert meta-llama/Llama-2-7b-hf models/llama2-7b
+  llamapro expand models/llama2-7b models/llama2-7b-pro --blocks 8
+  llamapro train configs/llama2_7b_pro.yaml
+  llamapro export runs/llama2_7b_pro exports/llama2-7b-pro
+
+  llamapro VERB --help explains a verb.
+"""
+
+
+def verb_module(verb: str) -> ModuleType:
+    return importlib.import_module(f"llamapro_jax.verbs.{verb}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llamapro",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llamapro_jax {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        module = verb_module(verb)
+        subparser = subparsers.add_parser(
+            verb,
+            help=module.HELP,
+            description=module.__doc__,
+            epilog="example:\n" + "\n".join("  " + line for line in module.EXAMPLE.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subparser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+        module.add_arguments(subparser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb. Returns the exit status: 0, 1 when a check failed, 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # The libraries log to standard error at import; a user asked for none of it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        known = ", ".join(VERBS)
+        print(f"error: unknown verb {verb!r}.{nearest(verb, VERBS)} Known: {known}.", file=sys.stderr)
+        return 2
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return verb_module(parsed.verb).run(parsed) or 0
+    except UserError as error:
+        if parsed.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
