@@ -1,0 +1,66 @@
+# Each target sets up what it needs: the virtual environment, then the package in it. Both are done
+# once; the package is installed again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes. More than the cores do not help: each one compiles.
+WORKERS ?= 2
+# For example: make test PYTEST_ARGS='-m "not slow" -k expand'
+PYTEST_ARGS ?=
+# For example: make quickstart QUICKSTART_ARGS='--seed 1'
+QUICKSTART_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two installs into one environment at once would break it.
+.NOTPARALLEL:
+.PHONY: help quickstart test test-fast lint install clean
+
+help:
+	@echo "make quickstart   set up, then the whole path on a small model (a few minutes, no network)"
+	@echo "make test         set up, then lint and every test"
+	@echo "make test-fast    the same without the slow tests"
+	@echo "make lint         set up, then ruff"
+	@echo "make install      set up only; then $(BIN)/llamapro --help"
+	@echo "make clean        remove the environment and the caches (not runs/)"
+	@echo
+	@echo "PYTHON=$(PYTHON) makes the environment VENV=$(VENV); for a second Python name a second VENV."
+
+quickstart: $(VENV)/.stamp-base
+	@$(BIN)/llamapro quickstart --out runs/quickstart $(QUICKSTART_ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-fast: lint
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-test
+	@$(BIN)/ruff check .
+
+install: $(VENV)/.stamp-base
+
+clean:
+	rm -rf "$(VENV)" .pytest_cache .ruff_cache .hypothesis build dist
+	find llamapro_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is the last thing a rule writes, so an interrupted rule starts again.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is missing or older than Python 3.11:" \
+	    "make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv "$(VENV)"
+	@touch $@
+
+$(VENV)/.stamp-base: pyproject.toml | $(VENV)/.stamp-venv
+	@echo "Installing llamapro_jax into $(VENV) (some minutes the first time)"
+	@$(PIP) install -qq --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml | $(VENV)/.stamp-venv
+	@echo "Installing llamapro_jax[test] into $(VENV) (some minutes the first time)"
+	@$(PIP) install -qq --editable ".[test]"
+	@touch $(VENV)/.stamp-base $@

@@ -1,0 +1,20 @@
+"""The environment of the tests, set before anything imports jax, torch or transformers."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Subprocesses inherit these. A user's own choice (a GPU, say) stays.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread for torch and BLAS: the test processes already fill the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may depend on the network, whatever the user's environment says.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The first example of a property compiles, which takes longer than any deadline.
+settings.register_profile("llamapro", deadline=None)
+settings.load_profile("llamapro")
