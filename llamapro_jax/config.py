@@ -1,0 +1,337 @@
+"""The configuration of a training run: `llamapro train CONFIG [key.path=value ...]`.
+
+Relative paths in a configuration are relative to the directory that the command runs in, not to
+the configuration file. `docs/configuration.md` is generated from this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from llamapro_jax import typed_yaml
+from llamapro_jax.errors import nearest
+from llamapro_jax.files import atomic_write
+from llamapro_jax.typed_yaml import option, validate
+
+__all__ = [
+    "DataConfig",
+    "EvalSourceConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "changed",
+    "load_config",
+    "save_config",
+    "validate",
+]
+
+TRAINABLE_PARTS = ("all", "new", "embed", "head", "norms")
+
+MAY_CHANGE_ON_RESUME = (
+    "output",
+    "tracking",
+    "data.cache_directory",
+    "training.log_every",
+    "training.eval_every",
+    "training.save_every",
+    "training.keep",
+)
+"""Settings (or whole sections) that a resumed run may change: none alters a trained weight."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+Problems = Iterator[tuple[str, str]]
+
+
+def _positive(section: Any, *names: str) -> Problems:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            yield name, f"must be positive, is {value}."
+
+
+def _not_negative(section: Any, *names: str) -> Problems:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < 0:
+            yield name, f"must not be negative, is {value}."
+
+
+def _share(section: Any, *names: str) -> Problems:
+    for name in names:
+        value = getattr(section, name)
+        if not 0 <= value <= 1:
+            yield name, f"must be between 0 and 1, is {value}."
+
+
+def _not_empty(section: Any, *names: str) -> Problems:
+    for name in names:
+        if not getattr(section, name):
+            yield name, "must not be empty."
+
+
+def _names(field: str, entries: Sequence[Any]) -> Problems:
+    """Names become parts of metric names and file names, so each is plain and used once."""
+    seen: set[str] = set()
+    for i, entry in enumerate(entries):
+        where = f"{field}.{i}.name"
+        if not _NAME.fullmatch(entry.name):
+            yield where, f"{entry.name!r} must be letters, digits, '_', '-' and '.' only."
+        if entry.name in seen:
+            yield where, f"{entry.name!r} names two entries of {field}; give each its own name."
+        seen.add(entry.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A training text."""
+
+    name: str = option("What the log calls this text.")
+    path: str = option("A text file or a directory of them, or the directory of a TFDS data set.")
+    weight: float = option("Its share of the rows, relative to the other sources.", 1.0)
+    kind: Literal["text", "tfds"] = option(
+        "`text`: UTF-8 files that are tokenised and packed first; `tfds`: a data set in "
+        "ArrayRecord.",
+        "text",
+    )
+    split: str = option("The split of a TFDS data set.", "train")
+
+    def problems(self) -> Problems:
+        yield from _not_empty(self, "path", "split")
+        yield from _positive(self, "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSourceConfig:
+    """A held-out text."""
+
+    name: str = option("What the log and the report call this text.")
+    path: str = option("A text file or a directory of them, or the directory of a TFDS data set.")
+    kind: Literal["text", "tfds"] = option("As for a source.", "text")
+    split: str = option("The split of a TFDS data set.", "train")
+
+    def problems(self) -> Problems:
+        yield from _not_empty(self, "path", "split")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training and held-out texts, and the shape of a batch."""
+
+    sequence_length: int = option("Tokens in a row.")
+    batch_size: int = option("Rows in a step, over all devices and microbatches.")
+    sources: tuple[SourceConfig, ...] = option("The training texts.")
+    eval: tuple[EvalSourceConfig, ...] = option("The held-out texts.", ())
+    cache_directory: str | None = option(
+        "Where tokenised text is kept, to be shared by runs; null: inside the run directory.", None
+    )
+
+    def problems(self) -> Problems:
+        yield from _positive(self, "sequence_length", "batch_size")
+        if not self.sources:
+            yield "sources", "names no text to train on; give at least one."
+        yield from _names("sources", self.sources)
+        yield from _names("eval", self.eval)
+        trained_on = {(s.path, s.split if s.kind == "tfds" else "") for s in self.sources}
+        for i, entry in enumerate(self.eval):
+            if (entry.path, entry.split if entry.kind == "tfds" else "") in trained_on:
+                what = f"{entry.path!r}" + (f" ({entry.split})" if entry.kind == "tfds" else "")
+                yield f"eval.{i}.path", f"{what} is trained on; name a text that is held out."
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on what trains, and the schedule of its learning rate."""
+
+    learning_rate: float = option("The peak learning rate.", 2e-4)
+    b1: float = option("Decay of AdamW's first moment.", 0.9)
+    b2: float = option("Decay of AdamW's second moment.", 0.95)
+    eps: float = option("Added to the root of AdamW's second moment.", 1e-8)
+    weight_decay: float = option("Decoupled weight decay of the matrices that train.", 0.1)
+    clip_norm: float | None = option(
+        "Largest norm of the gradient of all that trains; null: no clipping.", 1.0
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "How the learning rate goes on after the warmup; `wsd`: constant, then a linear decay.",
+        "cosine",
+    )
+    warmup_ratio: float = option("Share of the steps in which the rate rises from 0.", 0.06)
+    warmup_steps: int | None = option("The same as a number of steps; wins over the ratio.", None)
+    final_ratio: float = option(
+        "The last learning rate as a share of the peak (`constant` has none).", 0.0
+    )
+    decay_ratio: float = option("`wsd` only: share of the steps in the final decay.", 0.2)
+
+    def warmup(self, steps: int) -> int:
+        """Number of warmup steps in a run of `steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round(self.warmup_ratio * steps)
+
+    def decay(self, steps: int) -> int:
+        """Number of steps in the final decay of a `wsd` run of `steps`."""
+        return round(self.decay_ratio * steps)
+
+    def problems(self) -> Problems:
+        yield from _positive(self, "learning_rate", "eps", "clip_norm")
+        yield from _not_negative(self, "weight_decay", "warmup_steps")
+        yield from _share(self, "warmup_ratio", "final_ratio", "decay_ratio")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield name, f"must be at least 0 and below 1, is {getattr(self, name)}."
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Length of the run, how a step is computed, and what is done every so often."""
+
+    steps: int = option("Number of optimizer steps.")
+    microbatches: int = option("Parts that a batch is cut into, one after the other.", 1)
+    log_every: int = option("Steps between two lines of the log.", 10)
+    eval_every: int | None = option(
+        "Steps between two evaluations of the held-out texts; null: only before the first step "
+        "and after the last.",
+        None,
+    )
+    eval_batches: int | None = option(
+        "Batches of each held-out text that an evaluation reads; null: all of it.", None
+    )
+    save_every: int | None = option(
+        "Steps between two checkpoints; null: only after the last step.", None
+    )
+    keep: int = option("Number of checkpoints kept, the newest.", 2)
+    loss_chunk: int = option(
+        "Tokens whose logits exist at the same time; smaller takes less memory.", 1024
+    )
+    remat: Literal["none", "full"] = option(
+        "`none`: keep the activations that the backward pass needs; `full`: keep each block's "
+        "input only and compute the rest again.",
+        "none",
+    )
+
+    def problems(self) -> Problems:
+        every = ("log_every", "eval_every", "eval_batches", "save_every")
+        yield from _positive(self, "steps", "microbatches", *every, "keep", "loss_chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = option("Write TensorBoard events into the run directory.", True)
+    wandb_project: str | None = option(
+        "Weights & Biases project; null: it is neither imported nor used.", None
+    )
+    wandb_mode: Literal["online", "offline"] = option(
+        "`offline` keeps the records in the run directory for `wandb sync`.", "online"
+    )
+
+    def problems(self) -> Problems:
+        if self.wandb_project == "":
+            yield "wandb_project", "must not be empty; null turns Weights & Biases off."
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    model: str = option(
+        "What to train: a Hugging Face directory, a hub id (`org/name@revision`), a Flax "
+        "checkpoint or a run."
+    )
+    output: str = option("The run directory.")
+    data: DataConfig
+    training: TrainingConfig
+    trainable: tuple[str, ...] = option(
+        "`new`: the inserted blocks; `all`: everything; or a list of `new` and any of `embed`, "
+        "`head`, `norms` (the norms of the base blocks and the final one).",
+        ("new",),
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = option(
+        "Type of activations and of frozen weights in a step; what trains is kept in float32.",
+        "bfloat16",
+    )
+    seed: int = option("Seed of all that is random in the run, such as the order of the rows.", 0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable
+        order = {part: i for i, part in enumerate(TRAINABLE_PARTS)}
+        parts = tuple(sorted(parts, key=lambda part: order.get(part, len(order))))
+        object.__setattr__(self, "trainable", parts)
+
+    def problems(self) -> Problems:
+        yield from _not_empty(self, "model", "output")
+        yield from _not_negative(self, "seed")
+        yield from self._trainable_problems()
+        batch, parts = self.data.batch_size, self.training.microbatches
+        if parts > 0 and batch % parts:
+            yield "training.microbatches", f"{parts} does not divide data.batch_size, {batch}."
+        if self.training.eval_every is not None and not self.data.eval:
+            yield "training.eval_every", "is set, but data.eval names no held-out text."
+        yield from self._schedule_problems()
+
+    def _trainable_problems(self) -> Problems:
+        parts = self.trainable
+        for part in parts:
+            if part not in TRAINABLE_PARTS:
+                known = ", ".join(TRAINABLE_PARTS)
+                near = nearest(part, TRAINABLE_PARTS)
+                yield "trainable", f"{part!r} is no part of a model.{near} Known: {known}."
+        if len(set(parts)) != len(parts):
+            yield "trainable", f"names a part twice: {', '.join(parts)}."
+        if "all" in parts and set(parts) != {"all"}:
+            yield "trainable", "'all' stands alone: it already trains every part."
+        if "all" not in parts and "new" not in parts:
+            yield "trainable", "needs 'new' (the inserted blocks) or 'all'."
+
+    def _schedule_problems(self) -> Problems:
+        steps, optimizer = self.training.steps, self.optimizer
+        warmup = optimizer.warmup(steps)
+        field = "warmup_ratio" if optimizer.warmup_steps is None else "warmup_steps"
+        if steps > 0 and warmup >= steps:
+            yield (
+                f"optimizer.{field}",
+                f"{warmup} warmup steps leave none of training.steps, {steps}.",
+            )
+        elif optimizer.schedule == "wsd" and warmup + optimizer.decay(steps) > steps:
+            yield (
+                "optimizer.decay_ratio",
+                f"warmup ({warmup} steps) and decay ({optimizer.decay(steps)}) are longer than "
+                f"training.steps, {steps}.",
+            )
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a YAML file, changed by `key.path=value` overrides.
+
+    Raises UserError that lists all problems, each with its file and line or its override.
+    """
+    return typed_yaml.load(RunConfig, path, list(overrides))
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes every setting, defaults included, so that a later default changes no old run.
+
+    Raises UserError when the configuration is not valid.
+    """
+    validate(config)
+    atomic_write(path, typed_yaml.dump(config))
+
+
+def changed(
+    before: RunConfig, after: RunConfig, may_change: Sequence[str] = MAY_CHANGE_ON_RESUME
+) -> list[str]:
+    """The differences as lines `training.steps: 100 -> 200`, without what `may_change`."""
+    return [
+        f"{path}: {old} -> {new}"
+        for path, old, new in typed_yaml.differences(before, after)
+        if not any(path == name or path.startswith(f"{name}.") for name in may_change)
+    ]
