@@ -1,0 +1,230 @@
+"""The Transformer block, and the forward pass over the two stacks of blocks.
+
+Legend: B batch, T query length, S key length, D model, H query heads, K key/value heads, C head
+dim, F feed-forward, V vocabulary.
+
+Parameters in the step: `{"embed": [V, D], "final_norm": [D], "head": [V, D] (absent when tied),
+"base": [a dict a segment: leaf [repeats, base, ...]], "new": [likewise]}`. Segments are those of
+`ExpansionPlan.segments`; a stack that a segment lacks is an empty dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llamapro_jax.expansion import Segment
+from llamapro_jax.model.attention import attention_mask, reference_attention
+from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.rope import apply_rope, rope_tables
+from llamapro_jax.model.weights import BLOCK_BY_NAME, block_weights
+
+Params = dict[str, Any]
+Remat = Literal["none", "full"]
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one block for the positions seen so far, each [B, S, K, C]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares.
+
+    write_at: with a key/value cache, the slot of the first query; else None.
+    """
+
+    cos_BTC: jax.Array
+    sin_BTC: jax.Array
+    mask_BTS: jax.Array
+    write_at: jax.Array | None = None
+
+
+INITIALIZERS = {
+    "normal": nn.initializers.normal(0.02),
+    "ones": nn.initializers.ones,
+    "zeros": nn.initializers.zeros,
+}
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Normalises in float32 and scales in the dtype of `x`, as transformers does."""
+    x32 = x_BTD.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return scale_D.astype(x_BTD.dtype) * normed.astype(x_BTD.dtype)
+
+
+class Block(nn.Module):
+    """One Transformer block: attention and SwiGLU, each added to its input.
+
+    Base and inserted blocks are the same module; only their parameters differ.
+    """
+
+    config: ModelConfig
+
+    def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
+        row = BLOCK_BY_NAME[name]
+        value = self.param(name, INITIALIZERS[row.init], row.shape(self.config))
+        return value.astype(dtype)
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: KeyValues | None = None
+    ) -> tuple[jax.Array, KeyValues | None]:
+        with jax.named_scope("attention"):
+            out_BTD, cache = self.attention(x_BTD, context, cache)
+            x_BTD = x_BTD + out_BTD
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(x_BTD), cache
+
+    def attention(
+        self, x_BTD: jax.Array, context: Context, cache: KeyValues | None
+    ) -> tuple[jax.Array, KeyValues | None]:
+        dtype, config = x_BTD.dtype, self.config
+        h_BTD = rms_norm(x_BTD, self.weight("attention_norm", dtype), config.rms_norm_eps)
+        q_BTHC = jnp.einsum("BTD,DHC->BTHC", h_BTD, self.weight("q", dtype))
+        k_BTKC = jnp.einsum("BTD,DKC->BTKC", h_BTD, self.weight("k", dtype))
+        v_BTKC = jnp.einsum("BTD,DKC->BTKC", h_BTD, self.weight("v", dtype))
+        if config.attention_bias:
+            q_BTHC += self.weight("q_bias", dtype)
+            k_BTKC += self.weight("k_bias", dtype)
+            v_BTKC += self.weight("v_bias", dtype)
+        q_BTHC = apply_rope(q_BTHC, context.cos_BTC, context.sin_BTC)
+        k_BTKC = apply_rope(k_BTKC, context.cos_BTC, context.sin_BTC)
+        if cache is not None:
+            start = (0, context.write_at, 0, 0)
+            cache = KeyValues(
+                jax.lax.dynamic_update_slice(cache.k, k_BTKC.astype(cache.k.dtype), start),
+                jax.lax.dynamic_update_slice(cache.v, v_BTKC.astype(cache.v.dtype), start),
+            )
+            k_BTKC, v_BTKC = cache
+        out_BTHC = reference_attention(q_BTHC, k_BTKC, v_BTKC, context.mask_BTS)
+        out_BTD = jnp.einsum("BTHC,HCD->BTD", out_BTHC, self.weight("o", dtype))
+        if config.attention_bias:
+            out_BTD += self.weight("o_bias", dtype)
+        return out_BTD, cache
+
+    def mlp(self, x_BTD: jax.Array) -> jax.Array:
+        dtype, bias = x_BTD.dtype, self.config.mlp_bias
+        h_BTD = rms_norm(x_BTD, self.weight("mlp_norm", dtype), self.config.rms_norm_eps)
+        gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.weight("gate", dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, self.weight("up", dtype))
+        if bias:
+            gate_BTF += self.weight("gate_bias", dtype)
+            up_BTF += self.weight("up_bias", dtype)
+        out_BTD = jnp.einsum("BTF,FD->BTD", nn.silu(gate_BTF) * up_BTF, self.weight("down", dtype))
+        if bias:
+            out_BTD += self.weight("down_bias", dtype)
+        return out_BTD
+
+
+def apply_block(
+    config: ModelConfig,
+    leaves: dict[str, jax.Array],
+    x_BTD: jax.Array,
+    context: Context,
+    cache: KeyValues | None = None,
+) -> tuple[jax.Array, KeyValues | None]:
+    """One block with the given leaves (unstacked). [B, T, D] in, [B, T, D] and the cache out."""
+    return Block(config).apply({"params": leaves}, x_BTD, context, cache)
+
+
+def _over(body: Callable[..., Any], x: jax.Array, leaves: Any, length: int) -> tuple[Any, Any]:
+    """Scans `body` over the leading axis. One row alone is reshaped, which copies nothing."""
+    if length > 1:
+        return jax.lax.scan(body, x, leaves)
+    x, out = body(x, jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), leaves))
+    return x, jax.tree.map(lambda leaf: leaf[None], out)
+
+
+def run_blocks(
+    body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x_BTD: jax.Array,
+    segments: Sequence[Segment],
+    base: Sequence[Any],
+    new: Sequence[Any],
+    with_new: bool = True,
+) -> tuple[jax.Array, tuple[list[Any], list[Any]]]:
+    """Carries `x` through all blocks in the order of depth, `body(x, leaves_of_a_block)` each.
+
+    base, new: for each segment a tree of arrays [repeats, blocks, ...]. What `body` returns
+    beside `x` comes back in the same two structures. with_new=False leaves the inserted blocks
+    out: what runs is the model as it was before they were inserted.
+    """
+    base_out, new_out = [], []
+    for segment, base_leaves, new_leaves in zip(segments, base, new, strict=True):
+
+        def group(x: jax.Array, leaves: Any, segment: Segment = segment) -> Any:
+            of_base, of_new = None, None
+            if segment.new and with_new:
+                x, of_new = _over(body, x, leaves[1], segment.new)
+            if segment.base:
+                x, of_base = _over(body, x, leaves[0], segment.base)
+            return x, (of_base, of_new)
+
+        x_BTD, (of_base, of_new) = _over(group, x_BTD, (base_leaves, new_leaves), segment.repeats)
+        base_out.append(of_base)
+        new_out.append(of_new)
+    return x_BTD, (base_out, new_out)
+
+
+def embed(params: Params, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Token embeddings, [B, T, D]."""
+    with jax.named_scope("embed"):
+        return params["embed"].astype(dtype)[tokens_BT]
+
+
+def head_weight(params: Params) -> jax.Array:
+    """The output projection [V, D]: the embedding when the head is tied."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def hidden_states(
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    segments: Sequence[Segment],
+    dtype: jnp.dtype,
+    with_new: bool = True,
+    remat: Remat = "none",
+) -> jax.Array:
+    """The final normed hidden states, [B, T, D] in `dtype`.
+
+    Tokens attend to earlier ones of their own segment. with_new=False: without the inserted
+    blocks. remat "full" keeps only each block's input for the backward pass.
+    """
+    mask_BTT = attention_mask(
+        positions_BT, positions_BT, segment_ids_BT, segment_ids_BT, config.sliding_window
+    )
+    context = Context(*rope_tables(config, positions_BT), mask_BTT)
+
+    def body(x_BTD: jax.Array, leaves: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        x_BTD, _ = apply_block(config, leaves, x_BTD, context)
+        return x_BTD, None
+
+    if remat == "full":
+        body = jax.checkpoint(body)
+    x_BTD = embed(params, tokens_BT, dtype)
+    x_BTD, _ = run_blocks(body, x_BTD, segments, params["base"], params["new"], with_new)
+    return rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
+
+
+def logits(params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Scores of the next token, [B, T, V] float32."""
+    with jax.named_scope("head"):
+        head_VD = head_weight(params).astype(x_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
+
+
+def leaf_names(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the leaves of one block."""
+    return tuple(weight.name for weight in block_weights(config))
