@@ -46,6 +46,9 @@ MAY_CHANGE_ON_RESUME = (
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
+_PATH = "A text file or a directory of them; or the directory or name of a TFDS data set."
+_SPLIT = "The split of a TFDS data set; of a text, such as `train[:90%]`, that part of its rows."
+
 Problems = Iterator[tuple[str, str]]
 
 
@@ -93,14 +96,14 @@ class SourceConfig:
     """A training text."""
 
     name: str = option("What the log calls this text.")
-    path: str = option("A text file or a directory of them, or the directory of a TFDS data set.")
+    path: str = option(_PATH)
     weight: float = option("Its share of the rows, relative to the other sources.", 1.0)
     kind: Literal["text", "tfds"] = option(
-        "`text`: UTF-8 files that are tokenised and packed first; `tfds`: a data set in "
-        "ArrayRecord.",
+        "`text`: UTF-8 files (.txt, .md, .py, .rst, .jsonl) that are tokenised and packed first; "
+        "`tfds`: a prepared data set in ArrayRecord.",
         "text",
     )
-    split: str = option("The split of a TFDS data set.", "train")
+    split: str = option(_SPLIT, "train")
 
     def problems(self) -> Problems:
         yield from _not_empty(self, "path", "split")
@@ -112,9 +115,9 @@ class EvalSourceConfig:
     """A held-out text."""
 
     name: str = option("What the log and the report call this text.")
-    path: str = option("A text file or a directory of them, or the directory of a TFDS data set.")
+    path: str = option(_PATH)
     kind: Literal["text", "tfds"] = option("As for a source.", "text")
-    split: str = option("The split of a TFDS data set.", "train")
+    split: str = option(_SPLIT, "train")
 
     def problems(self) -> Problems:
         yield from _not_empty(self, "path", "split")
@@ -138,10 +141,10 @@ class DataConfig:
             yield "sources", "names no text to train on; give at least one."
         yield from _names("sources", self.sources)
         yield from _names("eval", self.eval)
-        trained_on = {(s.path, s.split if s.kind == "tfds" else "") for s in self.sources}
+        trained_on = {(s.path, s.split) for s in self.sources}
         for i, entry in enumerate(self.eval):
-            if (entry.path, entry.split if entry.kind == "tfds" else "") in trained_on:
-                what = f"{entry.path!r}" + (f" ({entry.split})" if entry.kind == "tfds" else "")
+            if (entry.path, entry.split) in trained_on:
+                what = f"{entry.path!r} ({entry.split})"
                 yield f"eval.{i}.path", f"{what} is trained on; name a text that is held out."
 
 

@@ -30,9 +30,10 @@ _BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 _SCALAR_NAMES = {
     str: "a text",
     int: "a whole number",
-    float: "a finite number",
+    float: "a number",
     bool: "true or false",
 }
+_YAML_BREAKS = re.compile("[\x85\u2028\u2029]")
 _BAD = object()  # what a conversion returns after it has reported a problem
 
 
@@ -157,7 +158,7 @@ def _apply_override(root: _Node, override: str, problems: list[str]) -> None:
                 problems.append(f"{where}: {name} has no item {part}.")
                 return
             key = part
-            node.content.setdefault(key, _Node(node.where, ""))
+            node.content.setdefault(key, _Node(where, ""))
         done = f"{done}.{part}" if done else part
         if done == path:
             node.content[key] = value
@@ -209,7 +210,7 @@ def _section(kind: Any) -> type | None:
 
 @dataclasses.dataclass(frozen=True)
 class OptionRow:
-    """One leaf of the configuration, for the documentation and for suggestions."""
+    """One setting, for the documentation and for suggestions."""
 
     path: str
     kind: str
@@ -218,18 +219,18 @@ class OptionRow:
 
 
 def option_rows(cls: type, prefix: str = "") -> Iterator[OptionRow]:
-    """All leaves below a dataclass; the items of a list are `N`."""
+    """All settings below a dataclass; the items of a list of sections are `N`."""
     hints = _hints(cls)
     for field in dataclasses.fields(cls):
         kind, path = hints[field.name], prefix + field.name
         section = _section(kind)
-        if section is None:
+        if not dataclasses.is_dataclass(kind):
             required = field.default is dataclasses.MISSING
             default = "required" if required else _plain_text(field.default)
             yield OptionRow(path, describe_type(kind), default, field.metadata.get("doc", ""))
-        else:
-            many = "" if dataclasses.is_dataclass(kind) else ".N"
-            yield from option_rows(section, f"{path}{many}.")
+            path += ".N"
+        if section is not None:
+            yield from option_rows(section, f"{path}.")
 
 
 def _plain_text(value: Any) -> str:
@@ -442,7 +443,11 @@ def _plain(value: Any) -> Any:
 
 def dump(instance: Any) -> str:
     """YAML that `load` reads back as an equal instance, every field written out."""
-    return yaml.safe_dump(_plain(instance), sort_keys=False, allow_unicode=True)
+    plain = _plain(instance)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    if _YAML_BREAKS.search(text):  # PyYAML writes these line breaks raw and reads them as spaces
+        return yaml.safe_dump(plain, sort_keys=False)
+    return text
 
 
 def differences(before: Any, after: Any) -> Iterator[tuple[str, str, str]]:
