@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Test processes. More than the cores do not help: each one compiles.
-WORKERS ?= 2
+TEST_PROCESSES ?= 2
 # For example: make test PYTEST_ARGS='-m "not slow" -k expand'
 PYTEST_ARGS ?=
 # For example: make quickstart QUICKSTART_ARGS='--seed 1'
@@ -33,10 +33,10 @@ quickstart: $(VENV)/.stamp-base
 	@$(BIN)/llamapro quickstart --out runs/quickstart $(QUICKSTART_ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check .

@@ -1,0 +1,147 @@
+"""The command line: what it says, what it imports and how it fails."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from llamapro_jax import __version__, cli
+from llamapro_jax.errors import UserError
+
+# Importing any of these takes longer than an answer to --help may.
+HEAVY = {"jax", "flax", "optax", "orbax", "transformers", "tensorflow_datasets", "grain", "torch"}
+
+# Runs the command line as the script does and prints the heavy modules that were imported.
+PROBE = f"""
+import sys
+from llamapro_jax.cli import main
+try:
+    status = main()
+except SystemExit as stop:
+    status = stop.code or 0
+print("heavy:", *sorted({{name.partition(".")[0] for name in sys.modules}} & {HEAVY!r}))
+sys.exit(status)
+"""
+
+
+def probe(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=60
+    )
+    marker, _, heavy = result.stdout.strip().splitlines()[-1].partition(":")
+    assert marker == "heavy", result.stdout + result.stderr
+    return result, set(heavy.split())
+
+
+def test_help_lists_the_verbs_and_imports_nothing_heavy() -> None:
+    result, heavy = probe("--help")
+    assert result.returncode == 0, result.stderr
+    assert heavy == set()
+    for verb in cli.VERBS:
+        assert f"    {verb} " in result.stdout
+    assert "example" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb_has_an_example_and_imports_nothing_heavy(verb: str) -> None:
+    result, heavy = probe(verb, "--help")
+    assert result.returncode == 0, result.stderr
+    assert heavy == set()
+    assert f"usage: llamapro {verb}" in result.stdout
+    example = result.stdout.partition("example:")[2]
+    assert f"  llamapro {verb}" in example
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_of_a_verb_is_explained(verb: str) -> None:
+    parser = argparse.ArgumentParser()
+    cli.verb_module(verb).add_arguments(parser)
+    unexplained = [action.dest for action in parser._actions if not action.help]
+    assert unexplained == []
+
+
+def test_a_verb_without_its_arguments_is_a_usage_error() -> None:
+    result, heavy = probe("convert")
+    assert result.returncode == 2
+    assert "usage: llamapro convert" in result.stderr
+    assert heavy == set()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"llamapro_jax {__version__}\n"
+
+
+def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["exprot", "a", "b"]) == 2
+    captured = capsys.readouterr()
+    assert "unknown verb 'exprot'. Did you mean 'export'" in captured.err
+    assert captured.out == ""
+
+
+# --- what a verb returns and raises -------------------------------------------------------------
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A command line of one verb, `act`, whose `run` a test replaces."""
+    module = SimpleNamespace(
+        __doc__="Acts.", HELP="act", EXAMPLE="llamapro act", add_arguments=lambda parser: None
+    )
+    monkeypatch.setattr(cli, "VERBS", ("act",))
+    monkeypatch.setattr(cli, "verb_module", lambda name: module)
+    return module
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_status_is_what_the_verb_returns(
+    verb: SimpleNamespace, returned: int | None, status: int
+) -> None:
+    verb.run = lambda args: returned
+    assert cli.main(["act"]) == status
+
+
+def fail(args: argparse.Namespace) -> None:
+    raise UserError("models/llama: no such directory.")
+
+
+def test_user_error_is_one_line_and_status_2(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb.run = fail
+    assert cli.main(["act"]) == 2
+    assert capsys.readouterr().err == "error: models/llama: no such directory.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "act"], ["act", "--debug"]])
+def test_debug_lets_the_traceback_through(verb: SimpleNamespace, arguments: list[str]) -> None:
+    verb.run = fail
+    with pytest.raises(UserError, match="no such directory"):
+        cli.main(arguments)
+
+
+def test_a_bug_is_not_dressed_as_a_user_error(verb: SimpleNamespace) -> None:
+    def run(args: argparse.Namespace) -> None:
+        raise KeyError("layers.4")
+
+    verb.run = run
+    with pytest.raises(KeyError, match=r"layers\.4"):
+        cli.main(["act"])
+
+
+def test_interrupt_has_the_status_of_sigint(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    verb.run = run
+    assert cli.main(["act"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
