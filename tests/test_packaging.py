@@ -27,7 +27,7 @@ DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml", "google": "proto
 # What only an extra brings: imported inside functions, and its absence is handled there.
 OPTIONAL = {"wandb"}
 # The one reader of PyTorch's own files, behind an explicit flag.
-TORCH_READERS: set[str] = set()
+TORCH_READERS = {"llamapro_jax/hf/safetensors.py"}
 
 
 def distribution(module: str) -> str:
