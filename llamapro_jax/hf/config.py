@@ -8,7 +8,7 @@ Source: transformers, `configuration_llama.py` and `configuration_mistral.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,11 @@ def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig, Expansion
 
 
 def render(
-    source: Mapping[str, Any], config: ModelConfig, plan: ExpansionPlan, dtype: str
+    source: Mapping[str, Any],
+    config: ModelConfig,
+    plan: ExpansionPlan,
+    dtype: str,
+    lineage: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """config.json for this model, which transformers 4.57, 5 and llama.cpp read alike.
 
@@ -247,7 +251,7 @@ def render(
     else:
         values |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     if plan.generation:
-        values[PLAN_KEY] = plan.to_json()
+        values[PLAN_KEY] = {**plan.to_json(), "lineage": list(lineage)}
     return values
 
 

@@ -1,0 +1,201 @@
+"""The Flax checkpoint on disk: an Orbax tree of stacked arrays, written a block at a time.
+
+```
+config.json        Hugging Face's keys, and the plan under "llamapro"
+llamapro.json      format, version, lineage
+fingerprint.json   name, shape, dtype, SHA-256 of each Hugging Face tensor
+params/            Orbax: embed, final_norm, head, base/{leaf: [L, ...]}, new/{leaf: [N, ...]}
+tokenizer files    as they came
+```
+Orbax copies a whole leaf when it saves one, and one stacked leaf of a 7B is 2.7 GiB. So Orbax
+writes the skeleton, TensorStore the rows, and Orbax restores the result like any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamapro_jax.errors import UserError
+from llamapro_jax.expansion import ExpansionPlan
+from llamapro_jax.files import read_json, write_json
+from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.weights import Tensor, Weight, block_weights, outer_weights
+
+DESCRIPTION = "llamapro.json"
+PARAMS = "params"
+FORMAT = {"format": "llamapro_jax model", "version": 1}
+
+# One chunk is one file and one copy in memory while it is written.
+CHUNK_BYTES = 128 * 2**20
+
+
+def address(tensor: Tensor, plan: ExpansionPlan) -> tuple[str, int | None]:
+    """Leaf of the Orbax tree and its row, for a tensor of the model."""
+    if tensor.block is None:
+        return tensor.weight.name, None
+    block = plan.blocks[tensor.block]
+    return f"{block.stack}.{tensor.weight.name}", block.stack_index
+
+
+def leaves(
+    config: ModelConfig, plan: ExpansionPlan
+) -> dict[str, tuple[Weight, tuple[int, ...]]]:
+    """Leaf of the Orbax tree -> its row in the table, and its shape with the stack's length."""
+    result = {w.name: (w, w.shape(config)) for w in outer_weights(config)}
+    for stack, length in (("base", plan.num_blocks - plan.num_new), ("new", plan.num_new)):
+        if length:
+            for w in block_weights(config):
+                result[f"{stack}.{w.name}"] = (w, (length, *w.shape(config)))
+    return result
+
+
+def read_description(directory: Path) -> tuple[Mapping[str, Any], ...]:
+    """The lineage in llamapro.json. Raises UserError for another format or a later version."""
+    path = directory / DESCRIPTION
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("format") != FORMAT["format"]:
+        raise UserError(f"{path}: is not the description of a Flax checkpoint of llamapro_jax.")
+    if values.get("version") != FORMAT["version"]:
+        raise UserError(
+            f"{path}: has version {values.get('version')!r}; this release reads "
+            f"{FORMAT['version']}. Install a newer llamapro_jax."
+        )
+    return tuple(values.get("lineage", ()))
+
+
+def write_description(directory: Path, lineage: tuple[Mapping[str, Any], ...]) -> None:
+    write_json(directory / DESCRIPTION, {**FORMAT, "lineage": list(lineage)})
+
+
+class StackedArrays:
+    """Reads rows of the arrays that Orbax keeps one directory a leaf (zarr, no OCDBT)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: dict[str, Any] = {}
+
+    def _array(self, leaf: str) -> Any:
+        if leaf not in self._open:
+            self._open[leaf] = _open_zarr(self.directory / leaf)
+        return self._open[leaf]
+
+    def dtype(self, leaf: str, row: int | None = None) -> np.dtype:
+        return np.dtype(self._array(leaf).dtype.numpy_dtype)
+
+    def shape(self, leaf: str) -> tuple[int, ...]:
+        return tuple(self._array(leaf).shape)
+
+    def read(self, leaf: str, row: int | tuple[int, ...] | None = None) -> np.ndarray:
+        """The leaf, or its row (an index, or one for each of the leading axes)."""
+        array = self._array(leaf)
+        try:
+            return (array if row is None else array[row]).read().result()
+        except ValueError as error:
+            raise UserError(
+                f"{self.directory / leaf}: cannot be read ({_first_line(error)}); "
+                "the checkpoint is damaged."
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def _open_zarr(path: Path) -> Any:
+    import tensorstore
+
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}}
+    try:
+        return tensorstore.open(spec, open=True, read=True).result()
+    except ValueError as error:
+        raise UserError(
+            f"{path}: cannot be read ({_first_line(error)}); the checkpoint is damaged."
+        ) from None
+
+
+def check_shapes(arrays: StackedArrays, config: ModelConfig, plan: ExpansionPlan) -> None:
+    """Raises UserError unless every leaf of the model is there in its shape."""
+    for leaf, (_, shape) in leaves(config, plan).items():
+        if arrays.shape(leaf) != shape:
+            raise UserError(
+                f"{arrays.directory / leaf}: has shape {list(arrays.shape(leaf))}; "
+                f"config.json says {list(shape)}."
+            )
+
+
+class StackedWriter:
+    """Writes the rows of the arrays of a Flax checkpoint, one at a time."""
+
+    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.directory = directory
+        self.shapes = shapes
+        self._open: dict[str, Any] = {}
+        self._write_skeleton()
+
+    def _write_skeleton(self) -> None:
+        import orbax.checkpoint as ocp
+
+        # The embedding's dtype and size do not matter here: each leaf's array is made anew by
+        # `_create`. What stays is Orbax's own record of the tree.
+        tree: dict[str, Any] = {}
+        for leaf in self.shapes:
+            *parents, name = leaf.split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = np.zeros((1,), np.float32)
+        absl_log = logging.getLogger("absl")
+        level = absl_log.level
+        absl_log.setLevel(logging.ERROR)
+        try:
+            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(self.directory.resolve(), args=ocp.args.PyTreeSave(tree))
+        finally:
+            absl_log.setLevel(level)
+
+    def _create(self, leaf: str, dtype: np.dtype) -> Any:
+        import tensorstore
+
+        path = self.directory / leaf
+        shutil.rmtree(path)
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+            "dtype": dtype.name,
+            "metadata": {
+                "shape": list(self.shapes[leaf]),
+                "chunks": chunks(leaf, self.shapes[leaf], dtype),
+                # Weights hardly compress; the time is better spent on writing them.
+                "compressor": None,
+            },
+            # A row of zeros is written too: an absent file must mean a lost one.
+            "store_data_equal_to_fill_value": True,
+        }
+        return tensorstore.open(spec, create=True, write=True).result()
+
+    def write(self, leaf: str, row: int | None, array: np.ndarray) -> None:
+        if leaf not in self._open:
+            self._open[leaf] = self._create(leaf, array.dtype)
+        target = self._open[leaf] if row is None else self._open[leaf][row]
+        target.write(np.ascontiguousarray(array)).result()
+
+
+def chunks(leaf: str, shape: tuple[int, ...], dtype: np.dtype) -> list[int]:
+    """One block a chunk in a stack; elsewhere, and in large blocks, at most CHUNK_BYTES each."""
+    result = list(shape)
+    axis = 0
+    if "." in leaf:
+        result[0], axis = 1, 1
+    if axis < len(shape):
+        row_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
+        result[axis] = max(1, min(shape[axis], CHUNK_BYTES // max(row_bytes, 1)))
+    return result
+

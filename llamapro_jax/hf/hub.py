@@ -1,0 +1,60 @@
+"""Where a model is: a directory, or a hub id whose files `huggingface_hub` brings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llamapro_jax.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+BIN_PATTERNS = ["pytorch_model*.bin"]
+
+
+def resolve(path: str, allow_bin: bool = False) -> Path:
+    """A local directory for `path`: itself, or the snapshot of the hub id `org/name@revision`.
+
+    Raises UserError when neither exists, naming the login command for a gated repository.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise UserError(f"{path}: is a file; name the directory of a model.")
+    if path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
+        raise UserError(f"{path}: no such directory (and no hub id like org/name@revision).")
+    return _download(path, PATTERNS + BIN_PATTERNS if allow_bin else PATTERNS)
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(
+            f"{hub_id}: is gated. Accept its licence on its page, then run `hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{hub_id}: the repository has no revision {revision!r}.") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{hub_id}: no such directory, and no such repository on the hub; "
+            "for a private one run `hf auth login`."
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{hub_id}: no such directory here, the hub cannot be reached, and the files are not "
+            f"in its cache ({type(error).__name__}). Download them where there is a network with "
+            f"`hf download {name}` (for a gated or private one, after `hf auth login`)."
+        ) from None

@@ -1,0 +1,147 @@
+"""A model to write, a tensor at a time, as a Flax checkpoint or a Hugging Face directory.
+
+`copy` writes beside the destination and renames at the end: a failure leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from llamapro_jax import __version__, flax_checkpoint
+from llamapro_jax.errors import UserError
+from llamapro_jax.files import atomic_directory, write_json
+from llamapro_jax.fingerprint import Fingerprint, TensorPrint, tensor_print
+from llamapro_jax.hf.config import render
+from llamapro_jax.hf.safetensors import Planned, SafetensorsWriter
+from llamapro_jax.hf.tokenizer import find_tokenizer, write_tokenizer
+from llamapro_jax.model.weights import Tensor, tensors
+from llamapro_jax.sources import Source
+
+log = logging.getLogger(__name__)
+
+Format = Literal["flax", "hf"]
+SHARD_BYTES = 5 * 10**9
+
+
+class Sink(Protocol):
+    def write(self, tensor: Tensor, array: np.ndarray) -> None: ...
+    def close(self) -> None: ...
+
+
+class FlaxSink:
+    """Writes `params/` of a Flax checkpoint."""
+
+    def __init__(self, directory: Path, source: Source) -> None:
+        self.config, self.plan = source.config, source.plan
+        shapes = {
+            leaf: shape
+            for leaf, (_, shape) in flax_checkpoint.leaves(self.config, self.plan).items()
+        }
+        self.writer = flax_checkpoint.StackedWriter(directory / flax_checkpoint.PARAMS, shapes)
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        leaf, row = flax_checkpoint.address(tensor, self.plan)
+        self.writer.write(leaf, row, tensor.weight.from_hf(array, self.config))
+
+    def close(self) -> None:
+        pass
+
+
+class HFSink:
+    """Writes the safetensors of a Hugging Face directory."""
+
+    def __init__(self, directory: Path, source: Source, shard_bytes: int) -> None:
+        planned = (
+            Planned(t.name, t.weight.hf_shape(source.config), source.dtype(t))
+            for t in tensors(source.config)
+        )
+        self.writer = SafetensorsWriter(directory, planned, shard_bytes)
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        self.writer.write(tensor.name, array)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def lineage_entry(verb: str, source: Source, **facts: Any) -> dict[str, Any]:
+    """One line of a model's history: what was done, to which model, by which release."""
+    return {"verb": verb, "source": source.path, "llamapro_jax": __version__, **facts}
+
+
+def copy(
+    source: Source,
+    destination: str | Path,
+    to: Format,
+    *,
+    lineage: Iterable[Mapping[str, Any]],
+    shard_bytes: int = SHARD_BYTES,
+    check: Callable[[Path, Fingerprint], None] | None = None,
+    progress: bool = True,
+) -> Fingerprint:
+    """Streams every tensor of `source` into a new directory. Returns what was written.
+
+    `check` gets the finished directory before it takes its name; when it raises, nothing stays.
+    """
+    with atomic_directory(destination) as directory:
+        dtypes = sorted({source.dtype(t).name for t in tensors(source.config)})
+        sink: Sink
+        sink = (
+            FlaxSink(directory, source) if to == "flax" else HFSink(directory, source, shard_bytes)
+        )
+        prints: dict[str, TensorPrint] = {}
+        for tensor in track(source, progress):
+            array = source.read(tensor)
+            prints[tensor.name] = tensor_print(array)
+            sink.write(tensor, array)
+        sink.close()
+        fingerprint = Fingerprint(prints)
+        # The dtype of the embedding speaks for a checkpoint of several.
+        dtype = dtypes[0] if len(dtypes) == 1 else prints["model.embed_tokens.weight"].dtype
+        lineage = tuple(lineage)
+        config = render(source.hf_config, source.config, source.plan, dtype, lineage)
+        write_json(directory / "config.json", config)
+        if to == "flax":
+            flax_checkpoint.write_description(directory, lineage)
+            fingerprint.write(directory)
+        copy_tokenizer(source.directory, directory)
+        if check is not None:
+            check(directory, fingerprint)
+    return fingerprint
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """The tokenizer and generation_config.json, if there are any. A warning if there is none."""
+    generation = source / "generation_config.json"
+    if generation.is_file():
+        (destination / generation.name).write_bytes(generation.read_bytes())
+    if find_tokenizer(source):
+        write_tokenizer(source, destination)
+    else:
+        log.warning("%s: has no tokenizer; the copy has none either", source)
+
+
+def track(source: Source, progress: bool) -> Iterator[Tensor]:
+    """The tensors of a model, with a progress bar on a terminal."""
+    everything = list(tensors(source.config))
+    if not progress:
+        yield from everything
+        return
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    console = Console(stderr=True)
+    yield from rich_track(
+        everything, description="tensors", console=console, disable=not console.is_terminal
+    )
+
+
+def check_format(value: str) -> Format:
+    if value not in ("flax", "hf"):
+        raise UserError(f"--to is {value!r}; it must be 'flax' or 'hf'.")
+    return value  # type: ignore[return-value]
