@@ -1,0 +1,147 @@
+"""Several sources with weights to batches: a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from llamapro_jax.data.rows import Row, RowSource, stack_rows
+from llamapro_jax.errors import UserError
+
+Source = tuple[str, RowSource, float]
+
+
+class Mixture:
+    """Batches from sources `(name, rows, weight)`; a weight is a share of the rows.
+
+    Row k of the run (k = step x batch_size + b) is decided by arithmetic alone: which source it is
+    from by the weights, taken as the decimal numbers they are written as, and which row of that
+    source by the permutation of (seed, name, epoch). So the state of the data is the step; any
+    part of any batch can be read by any host; each source's rows come once an epoch, in another
+    order each time; and after any number of rows each source has had its share to within the
+    number of sources. Adding a source leaves the order within the others as it was.
+
+    Raises UserError for no source, duplicate names, an empty source, sources of different sequence
+    lengths, a weight that is not a positive number, a batch size below 1 and a negative seed.
+    """
+
+    def __init__(self, sources: Sequence[Source], batch_size: int, seed: int) -> None:
+        _check(sources, batch_size, seed)
+        self.names = [name for name, _, _ in sources]
+        self.batch_size = batch_size
+        self.sequence_length = sources[0][1].sequence_length
+        self._rows = [rows for _, rows, _ in sources]
+        self._shares = whole_shares([weight for _, _, weight in sources])
+        self._orders = [_Order(len(rows), seed, name) for name, rows, _ in sources]
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """The global batch of a step (from 0): the row's arrays [B, T], and `source` [B] int32."""
+        return self.rows(step, 0, self.batch_size)
+
+    def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows [start, stop) of the global batch of `step`, equal to the same rows of `batch`."""
+        first = step * self.batch_size
+        places = [pick(first + b, self._shares) for b in range(start, stop)]
+        found: list[Row] = [
+            self._rows[source][self._orders[source][count]] for source, count in places
+        ]
+        batch = stack_rows(found, stop - start)
+        batch["source"] = np.array([source for source, _ in places], np.int32)
+        return batch
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How many times each source has been read before `step`, by name."""
+        counts = counts_before(step * self.batch_size, self._shares)
+        return {
+            name: count / len(rows)
+            for name, rows, count in zip(self.names, self._rows, counts, strict=True)
+        }
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in exactly the ratio of the weights as they print in decimal."""
+    fractions = [Fraction(repr(float(weight))) for weight in weights]
+    denominator = math.lcm(*(fraction.denominator for fraction in fractions))
+    whole = [int(fraction * denominator) for fraction in fractions]
+    divisor = math.gcd(*whole)
+    return [share // divisor for share in whole]
+
+
+def counts_before(k: int, shares: Sequence[int]) -> list[int]:
+    """How many of the first k rows each source gives: its share to within the number of sources.
+
+    Split off one source after the other: of the rows that are left, the floor of the remaining
+    sources' share passes on. Each count grows with k by 0 or 1, and one at a time, which floors of
+    the shares taken singly would not give. Python's integers keep it exact for any k.
+    """
+    left, remaining, counts = k, sum(shares), []
+    for share in shares:
+        passed = left * (remaining - share) // remaining
+        counts.append(left - passed)
+        left, remaining = passed, remaining - share
+    return counts
+
+
+def pick(k: int, shares: Sequence[int]) -> tuple[int, int]:
+    """Row k of the mixture: which source it is from, and how many of that came before it."""
+    before, after = counts_before(k, shares), counts_before(k + 1, shares)
+    for source, (count, next_count) in enumerate(zip(before, after, strict=True)):
+        if next_count > count:
+            return source, count
+    raise AssertionError(f"no source for row {k} with shares {shares}")
+
+
+class _Order:
+    """The order of a source's rows, epoch after epoch.
+
+    An epoch's permutation sorts the raw output of a Philox generator keyed by (seed, name, epoch).
+    Raw output is specified for all time, unlike `Generator.permutation`, which NumPy may change.
+    """
+
+    def __init__(self, length: int, seed: int, name: str) -> None:
+        self._length = length
+        self._key = f"{seed} {name}"
+        self._epoch_and_order: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, count: int) -> int:
+        epoch, index = divmod(count, self._length)
+        # One tuple, taken and set whole: a reader in another thread never sees half of it.
+        cached = self._epoch_and_order
+        if cached is None or cached[0] != epoch:
+            cached = self._epoch_and_order = (epoch, self._permutation(epoch))
+        return int(cached[1][index])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        digest = hashlib.sha256(f"{self._key} {epoch}".encode()).digest()
+        key = int.from_bytes(digest[:16], "little")
+        raw = np.random.Philox(key=key).random_raw(self._length)
+        kind = np.uint32 if self._length <= 2**32 else np.uint64
+        return np.argsort(raw, kind="stable").astype(kind)
+
+
+def _check(sources: Sequence[Source], batch_size: int, seed: int) -> None:
+    if not sources:
+        raise UserError("data: names no source; give at least one with name, path and weight.")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must not be negative.")
+    names = [name for name, _, _ in sources]
+    for name, rows, weight in sources:
+        if names.count(name) > 1:
+            raise UserError(f"data source {name!r}: the name is used twice; rename one of them.")
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(
+                f"data source {name!r}: weight is {weight}; it must be positive. "
+                "To leave a source out, remove it."
+            )
+        if len(rows) == 0:
+            raise UserError(f"data source {name!r}: is empty; remove it or give it text.")
+    lengths = {name: rows.sequence_length for name, rows, _ in sources}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise UserError(f"data sources have different sequence lengths ({found}); make them equal.")

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+from data_sources import ArrayRows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamapro_jax.data.mixture import Mixture, counts_before, pick, whole_shares
+from llamapro_jax.errors import UserError
+
+weights_strategy = st.lists(
+    st.decimals(min_value="0.001", max_value=10, places=3).map(float), min_size=1, max_size=5
+)
+
+
+def two_sources(batch_size: int = 8, seed: int = 3) -> Mixture:
+    sources = [("code", ArrayRows(50), 0.9), ("prose", ArrayRows(7, first=1000), 0.1)]
+    return Mixture(sources, batch_size, seed)
+
+
+def first_tokens(mixture: Mixture, steps: range) -> np.ndarray:
+    return np.concatenate([mixture.batch(step)["tokens"][:, 0] for step in steps])
+
+
+def test_weights_are_the_decimals_they_print_as() -> None:
+    assert whole_shares([0.7, 0.3]) == [7, 3]
+    assert whole_shares([1.0, 1.5]) == [2, 3]
+    assert whole_shares([0.1, 0.2, 1e-5]) == [10000, 20000, 1]
+    assert whole_shares([5]) == [1]
+
+
+@given(weights_strategy, st.integers(0, 10**15))
+def test_counts_are_near_exact_everywhere_and_exact_in_each_cycle(
+    weights: list[float], k: int
+) -> None:
+    shares = whole_shares(weights)
+    total = sum(shares)
+    counts = counts_before(k, shares)
+    assert sum(counts) == k
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count - k * share / total) <= len(shares) + k * 1e-15
+    assert counts_before(total * 7, shares) == [7 * share for share in shares]
+
+
+@given(weights_strategy)
+def test_pick_counts_each_source_through(weights: list[float]) -> None:
+    shares = whole_shares(weights)
+    seen = [0] * len(shares)
+    for k in range(300):
+        source, count = pick(k, shares)
+        assert count == seen[source]
+        seen[source] += 1
+
+
+def test_weights_are_by_rows_and_exact() -> None:
+    mixture = two_sources(batch_size=10)
+    for step in range(20):
+        assert mixture.batch(step)["source"].tolist().count(1) == 1
+
+
+def test_the_batch_is_a_function_of_seed_and_step() -> None:
+    mixture, again = two_sources(), two_sources()
+    later = again.batch(37)
+    for step in (37, 0, 5, 37):
+        batch, other = mixture.batch(step), two_sources().batch(step)
+        assert all((batch[name] == other[name]).all() for name in batch)
+    assert all((mixture.batch(37)[name] == later[name]).all() for name in later)
+    assert (first_tokens(mixture, range(5)) != first_tokens(two_sources(seed=4), range(5))).any()
+
+
+def test_the_order_is_pinned() -> None:
+    """Golden: a run that resumes with a later version must see the same rows."""
+    tokens = first_tokens(two_sources(), range(40))
+    assert hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16] == "cf7bffc668e76b01"
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 3))
+def test_each_row_once_an_epoch(count: int, batch_size: int, seed: int) -> None:
+    mixture = Mixture([("a", ArrayRows(count), 1.0)], batch_size, seed)
+    rows = first_tokens(mixture, range(math.ceil(3 * count / batch_size)))[: 3 * count]
+    for epoch in rows.reshape(3, count):
+        assert sorted(epoch) == list(range(count))
+
+
+def test_epochs_and_sources_have_their_own_orders() -> None:
+    sources = [("a", ArrayRows(64), 1.0), ("b", ArrayRows(64), 1.0)]
+    batch = Mixture(sources, 256, 0).batch(0)
+    a, b = (batch["tokens"][batch["source"] == source, 0] for source in (0, 1))
+    orders = [a[:64], a[64:], b[:64], b[64:], np.arange(64)]
+    for i, first in enumerate(orders):
+        for second in orders[i + 1 :]:
+            assert (first == second).mean() < 0.2
+
+
+def test_the_permutation_is_uniform() -> None:
+    """Each row comes first about equally often over the seeds."""
+    firsts = [
+        Mixture([("a", ArrayRows(4), 1.0)], 1, seed).batch(0)["tokens"][0, 0] for seed in range(400)
+    ]
+    assert (np.abs(np.bincount(firsts, minlength=4) - 100) < 40).all()
+
+
+@given(st.integers(0, 200), st.integers(0, 8), st.integers(0, 8))
+def test_some_rows_are_those_of_the_whole_batch(step: int, start: int, stop: int) -> None:
+    start, stop = sorted((start, stop))
+    if start == stop:
+        return
+    mixture = two_sources()
+    whole, part = mixture.batch(step), mixture.rows(step, start, stop)
+    assert all((whole[name][start:stop] == part[name]).all() for name in whole)
+
+
+def test_another_source_leaves_the_order_of_the_first() -> None:
+    alone = first_tokens(Mixture([("code", ArrayRows(50), 1.0)], 8, 3), range(20))
+    mixed = first_tokens(two_sources(), range(20))
+    mixed = mixed[mixed < 1000]
+    assert (mixed == alone[: len(mixed)]).all()
+
+
+def test_shapes_and_dtypes() -> None:
+    batch = two_sources().batch(0)
+    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        "tokens": ((8, 4), "int32"),
+        "segment_ids": ((8, 4), "int32"),
+        "positions": ((8, 4), "int32"),
+        "loss_mask": ((8, 4), "bool"),
+        "source": ((8,), "int32"),
+    }
+
+
+def test_epochs_read_so_far() -> None:
+    mixture = two_sources(batch_size=10)
+    assert mixture.epochs(0) == {"code": 0, "prose": 0}
+    assert mixture.epochs(14) == {"code": 126 / 50, "prose": 2}
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf])
+def test_a_weight_must_be_positive(weight: float) -> None:
+    with pytest.raises(UserError, match=f"'a': weight is {weight}; it must be positive"):
+        Mixture([("a", ArrayRows(3), weight)], 2, 0)
+
+
+def test_bad_mixtures_are_refused() -> None:
+    rows = ArrayRows(3)
+    with pytest.raises(UserError, match="names no source"):
+        Mixture([], 2, 0)
+    with pytest.raises(UserError, match="'a': the name is used twice"):
+        Mixture([("a", rows, 1.0), ("b", rows, 1.0), ("a", rows, 1.0)], 2, 0)
+    with pytest.raises(UserError, match="'b': is empty"):
+        Mixture([("a", rows, 1.0), ("b", ArrayRows(0), 1.0)], 2, 0)
+    with pytest.raises(UserError, match=r"different sequence lengths \(a: 4, b: 5\)"):
+        Mixture([("a", rows, 1.0), ("b", ArrayRows(3, 5), 1.0)], 2, 0)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        Mixture([("a", rows, 1.0)], 0, 0)
+    with pytest.raises(UserError, match="seed is -1"):
+        Mixture([("a", rows, 1.0)], 1, -1)
