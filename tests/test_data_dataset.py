@@ -9,6 +9,8 @@ import tensorflow_datasets as tfds
 from data_sources import ByteTokenizer
 
 from llamapro_jax.data.dataset import open_rows, open_source
+from llamapro_jax.data.mixture import Mixture
+from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.data.prepare import prepare_text
 from llamapro_jax.errors import UserError
 
@@ -196,6 +198,26 @@ def test_the_tokenizer_and_vocabulary_of_a_prepared_set_are_checked(prepared: Pa
     tokenizer.fingerprint = "0123456789abcdef"
     with pytest.raises(UserError, match="the model's is 0123456789ab; prepare the text again"):
         open_source("a", prepared, "tfds", "train", tokenizer, 16, "unused", 258)
+
+
+def test_a_resumed_run_sees_the_same_rows(prepared: Path, tmp_path: Path) -> None:
+    """From disk, through a mixture, in two separate openings, prefetched and not."""
+    text = tmp_path / "replay.txt"
+    text.write_text("another text, replayed " * 30)
+
+    def mixture() -> Mixture:
+        new = open_source("new", prepared, "tfds", "train", None, 16, "unused", 258)
+        cache = tmp_path / "cache"
+        old = open_source("old", text, "text", "train", ByteTokenizer(), 16, cache, 258)
+        return Mixture([("new", new, 0.75), ("old", old, 0.25)], batch_size=4, seed=1)
+
+    whole = mixture()
+    with Prefetcher(mixture().batch, start=30, stop=60) as resumed:
+        for step, batch in enumerate(resumed, start=30):
+            expected = whole.batch(step)
+            assert sorted(batch["source"]) == [0, 0, 0, 1]
+            assert all((batch[name] == expected[name]).all() for name in expected)
+    assert step == 59
 
 
 def test_a_text_source_is_prepared_and_opened(tmp_path: Path) -> None:

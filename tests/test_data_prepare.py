@@ -14,6 +14,7 @@ from data_sources import BOS, EOS, ByteTokenizer
 from llamapro_jax.data.dataset import open_rows
 from llamapro_jax.data.prepare import prepare_text, read_fingerprint
 from llamapro_jax.errors import UserError
+from llamapro_jax.hf.tokenizer import train_tokenizer
 
 TEXTS = ["first é document", "x", "the second one is a little longer than the others 😀"]
 
@@ -52,6 +53,22 @@ def test_a_prepared_set_gives_back_every_document(
     assert read_back(directory, tokenizer, sequence_length) == TEXTS
     assert directory.parent == tmp_path / "cache"
     assert directory.name.startswith("my-texts-")
+
+
+def test_the_models_own_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path / "tokenizer")
+    directory = prepare_text(corpus, tokenizer, 8, tmp_path / "cache")
+    rows = open_rows(
+        directory,
+        sequence_length=8,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    tokens = [t for row in map(rows.__getitem__, range(len(rows))) for t in row["tokens"]]
+    ends = [index + 1 for index, token in enumerate(tokens) if token == tokenizer.eos_id]
+    pieces = zip([0, *ends], ends, strict=False)
+    assert [tokenizer.decode(tokens[start:end]) for start, end in pieces] == TEXTS
+    assert tokens[0] == tokenizer.bos_id
 
 
 def test_the_fingerprint_says_what_went_in(corpus: Path, tmp_path: Path) -> None:

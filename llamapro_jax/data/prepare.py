@@ -30,11 +30,11 @@ _CHARACTERS_AT_ONCE = 2**20
 class Tokenizer(Protocol):
     """What preparing text needs of a tokenizer."""
 
-    fingerprint: str
-    vocab_size: int
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_batch(
-        self, texts: Sequence[str], bos: bool = True, eos: bool = True
+        self, texts: Sequence[str], *, bos: bool = True, eos: bool = True
     ) -> list[list[int]]: ...
 
 
