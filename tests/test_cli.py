@@ -13,7 +13,7 @@ from llamapro_jax import __version__, cli
 from llamapro_jax.errors import UserError
 
 # Importing any of these takes longer than an answer to --help may.
-HEAVY = {"jax", "flax", "optax", "orbax", "transformers", "tensorflow_datasets", "grain", "torch"}
+HEAVY = {"jax", "flax", "optax", "orbax", "transformers", "tensorflow_datasets", "torch"}
 
 # Runs the command line as the script does and prints the heavy modules that were imported.
 PROBE = f"""
