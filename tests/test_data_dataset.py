@@ -227,6 +227,8 @@ def test_a_text_source_is_prepared_and_opened(tmp_path: Path) -> None:
     rows = open_source("mine", text, "text", "train", ByteTokenizer(), 16, cache, 258)
     assert rows.name == "mine" and len(rows) == 8
     assert rows.fingerprint is not None and rows.fingerprint["bytes"] == 120
+    part = open_source("mine", text, "text", "train[:3]", ByteTokenizer(), 16, cache, 258)
+    assert len(part) == 3
     with pytest.raises(UserError, match="'mine': text needs the model's tokenizer"):
         open_source("mine", text, "text", "train", None, 16, cache, 258)
     with pytest.raises(UserError, match="'mine': kind is 'csv'; it must be 'text' or 'tfds'"):

@@ -43,7 +43,7 @@ def test_targets_stay_in_the_segment_and_obey_the_mask(on_device: bool) -> None:
     batch = {
         "tokens": np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]], np.int32),
         "segment_ids": np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0]], np.int32),
-        "loss_mask": np.array([[1, 1, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]], bool),
+        "loss_mask": np.array([[1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]], bool),
     }
     function = targets_and_weights
     if on_device:
