@@ -1,0 +1,74 @@
+"""AdamW on what trains, nothing on the rest, and the schedules of the learning rate.
+
+What trains is decided by labels that come from the structure of the parameters (which stack, which
+row of the table), never from matching names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from llamapro_jax.config import OptimizerConfig
+from llamapro_jax.model.weights import BLOCK_BY_NAME, OUTER_BY_NAME, Weight
+
+
+def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of step 0, 1, ... of a run of `steps`.
+
+    The warmup rises linearly and is already above 0 at step 0, so that no step is wasted; the
+    peak is reached after `config.warmup(steps)` steps. A decay ends, at `final_ratio` of the peak,
+    where step `steps` would be.
+    """
+    peak, warmup = config.learning_rate, config.warmup(steps)
+    final = peak * config.final_ratio
+    rest = steps - warmup
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_ratio)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif config.schedule == "wsd" and config.decay(steps):
+        decay = config.decay(steps)
+        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def row_of(path: tuple[Any, ...]) -> Weight:
+    """The row of the table of the leaf at a path of the parameters, such as ("new", 1, "q")."""
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return OUTER_BY_NAME[names[0]] if len(names) == 1 else BLOCK_BY_NAME[names[-1]]
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay is for: matrices, not norms or biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: row_of(path).decays, params)
+
+
+def build_optimizer(
+    config: OptimizerConfig, steps: int, labels: Any
+) -> optax.GradientTransformation:
+    """The optimizer of the whole parameters, `labels` being "train" or "freeze" for each leaf.
+
+    Clipping and AdamW see the leaves that train and no others. The frozen side has no state and
+    its updates are zero; see `training.step.apply_gradients` for what is passed in its place.
+    """
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    train = optax.chain(
+        *clip,
+        optax.adamw(
+            build_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+    return optax.multi_transform({"train": train, "freeze": optax.set_to_zero()}, labels)

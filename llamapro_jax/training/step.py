@@ -1,0 +1,176 @@
+"""The compiled training step and the compiled evaluation step.
+
+Gradients are taken with respect to what trains, and nothing else: frozen weights are a plain
+argument that is neither differentiated, donated nor returned. So the program has no frozen weight
+gradient, whatever reads the gradients (a norm, a clip, an accumulator).
+
+B batch, T sequence length, D model, N = B * T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llamapro_jax.config import RunConfig
+from llamapro_jax.data.rows import targets_and_weights
+from llamapro_jax.expansion import ExpansionPlan
+from llamapro_jax.loss import summed_cross_entropy
+from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.llama import Params, Remat, head_weight, hidden_states
+from llamapro_jax.optimizer import build_schedule
+from llamapro_jax.training.state import TrainState, merge
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def summed_loss(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    plan: ExpansionPlan,
+    dtype: Any,
+    loss_chunk: int,
+    with_new: bool = True,
+    remat: Remat = "none",
+) -> jax.Array:
+    """The sum of -log p over the batch's valid target tokens, a float32 scalar (nats).
+
+    batch: the arrays [B, T] of `data.rows`.
+    """
+    targets_BT, weights_BT = targets_and_weights(batch)
+    x_BTD = hidden_states(
+        params,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        config=config,
+        segments=plan.segments,
+        dtype=dtype,
+        with_new=with_new,
+        remat=remat,
+    )
+    x_ND = x_BTD.reshape(-1, config.hidden_size)
+    return summed_cross_entropy(
+        x_ND, head_weight(params), targets_BT.reshape(-1), weights_BT.reshape(-1), loss_chunk
+    )
+
+
+def count_targets(batch: Batch) -> jax.Array:
+    """Number of tokens of the batch that are predicted, int32."""
+    _, weights_BT = targets_and_weights(batch)
+    return jnp.sum(weights_BT > 0, dtype=jnp.int32)
+
+
+def summed_gradients(
+    loss: Callable[[Params, Batch], jax.Array], trainable: Params, batch: Batch, microbatches: int
+) -> tuple[jax.Array, Params]:
+    """The summed loss of the batch and its float32 gradient, `microbatches` parts in turn."""
+    gradient = jax.value_and_grad(loss)
+    if microbatches == 1:
+        return gradient(trainable, batch)
+
+    def one(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(trainable, part)), None
+
+    def split(array: jax.Array) -> jax.Array:
+        return array.reshape(microbatches, -1, array.shape[-1])
+
+    parts = jax.tree.map(split, dict(batch))
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(one, (jnp.zeros((), jnp.float32), zeros), parts)[0]
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, gradients: Params
+) -> TrainState:
+    """The state after one update.
+
+    The optimizer is one of the whole parameters. The frozen side gets constant zeros for its
+    gradients, and what it gives back for them is dropped, so that nothing of it is computed.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, frozen)
+    updates, opt_state = optimizer.update(
+        merge(gradients, zeros), state.opt_state, merge(state.trainable, frozen)
+    )
+    of_trainable = {name: updates[name] for name in state.trainable}
+    for stack in ("base", "new"):
+        pairs = zip(updates[stack], state.trainable[stack], strict=True)
+        of_trainable[stack] = [{name: every[name] for name in kept} for every, kept in pairs]
+    trainable = optax.apply_updates(state.trainable, of_trainable)
+    return TrainState(state.step + 1, trainable, opt_state)
+
+
+def build_train_step(
+    config: ModelConfig,
+    plan: ExpansionPlan,
+    run: RunConfig,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """A jitted `(state, frozen, batch) -> (state, metrics)`. The state passed in is used up.
+
+    batch: arrays [B, T] of `data.rows`. metrics, all scalars: `loss` (nats a target token),
+    `tokens` (target tokens), `grad_norm` (of what trains, before clipping), `learning_rate`.
+    """
+    schedule = build_schedule(run.optimizer, run.training.steps)
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss(trainable: Params, part: Batch) -> jax.Array:
+            return summed_loss(
+                merge(trainable, frozen),
+                part,
+                config=config,
+                plan=plan,
+                dtype=jnp.dtype(run.compute_dtype),
+                loss_chunk=run.training.loss_chunk,
+                remat=run.training.remat,
+            )
+
+        nll, sums = summed_gradients(loss, state.trainable, batch, run.training.microbatches)
+        tokens = count_targets(batch)
+        # A batch of padding alone has no loss rather than none that is a number.
+        scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+        gradients = jax.tree.map(lambda gradient: gradient * scale, sums)
+        metrics = {
+            "loss": nll * scale,
+            "tokens": tokens,
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return apply_gradients(optimizer, state, frozen, gradients), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def build_eval_step(
+    config: ModelConfig,
+    plan: ExpansionPlan,
+    compute_dtype: Any,
+    with_new: bool = True,
+    loss_chunk: int = 1024,
+) -> Callable[[Params, Batch], Metrics]:
+    """A jitted `(params, batch) -> {"nll", "tokens"}`: summed loss (nats) and target tokens.
+
+    params: the whole, such as `merge(state.trainable, frozen)`, which copies nothing.
+    with_new=False: the model without its last generation of blocks.
+    """
+
+    def step(params: Params, batch: Batch) -> Metrics:
+        nll = summed_loss(
+            params,
+            batch,
+            config=config,
+            plan=plan,
+            dtype=jnp.dtype(compute_dtype),
+            loss_chunk=loss_chunk,
+            with_new=with_new,
+        )
+        return {"nll": nll, "tokens": count_targets(batch)}
+
+    return jax.jit(step)
