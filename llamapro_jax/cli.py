@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     verb = next((a for a in arguments if not a.startswith("-")), None)
     if verb is not None and verb not in VERBS:
-        known = ", ".join(VERBS)
-        print(f"error: unknown verb {verb!r}.{nearest(verb, VERBS)} Known: {known}.", file=sys.stderr)
+        message = f"unknown verb {verb!r}.{nearest(verb, VERBS)} Known: {', '.join(VERBS)}."
+        print(f"error: {message}", file=sys.stderr)
         return 2
     parsed = build_parser().parse_args(arguments)
     try:

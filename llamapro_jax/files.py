@@ -63,7 +63,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON in `path`. Raises UserError that names the file, and the line when it is malformed."""
+    """The JSON in `path`. Raises UserError with the file, and the line when it is malformed."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

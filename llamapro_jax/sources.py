@@ -207,13 +207,23 @@ def open_flax(path: str) -> FlaxSource:
     return FlaxSource(path, directory, hf_config, config, plan, lineage, arrays)
 
 
-def open_source(path: str, allow_bin: bool = False) -> Source:
-    """Opens a Flax checkpoint, a run directory, a Hugging Face directory or a hub id."""
+def base_is_original(source: Source) -> bool:
+    """Whether every training in the model's lineage trained new blocks alone."""
+    trained = [entry for entry in source.lineage if entry["verb"] == "train"]
+    return all(list(entry["trainable"]) == ["new"] for entry in trained)
+
+
+def open_source(path: str, *, allow_bin: bool = False, masters: bool = False) -> Source:
+    """Opens a Flax checkpoint, a run directory, a Hugging Face directory or a hub id.
+
+    masters: of a run, give what was trained in float32 as it was trained, rather than in the
+    dtype of the base.
+    """
     directory = Path(path).expanduser()
     if (directory / flax_checkpoint.DESCRIPTION).is_file():
         return open_flax(path)
     from llamapro_jax.training import run_directory
 
     if run_directory.is_run(directory):
-        return run_directory.open_run(path)
+        return run_directory.open_run(path, masters=masters)
     return open_hf(path, allow_bin)

@@ -17,7 +17,7 @@ from llamapro_jax.model.weights import Tensor
 from llamapro_jax.sources import Source, compute_fingerprint
 
 
-class _Through:
+class Through:
     """What a view passes on from the source below it."""
 
     source: Source
@@ -57,7 +57,7 @@ class _Through:
 
 
 @dataclass(frozen=True)
-class Until(_Through):
+class Until(Through):
     """The model as it was after `generation`; 0 is the original. Nothing is computed."""
 
     source: Source
@@ -88,7 +88,7 @@ class Until(_Through):
 
 
 @dataclass(frozen=True)
-class Expanded(_Through):
+class Expanded(Through):
     """The source with one more generation of blocks: copies whose output projections are zero."""
 
     source: Source
@@ -124,7 +124,7 @@ class Expanded(_Through):
 
 
 @dataclass(frozen=True)
-class Strength(_Through):
+class Strength(Through):
     """The new blocks' two output projections (and their biases) times `strength`, in float32."""
 
     source: Source
@@ -145,7 +145,7 @@ class Strength(_Through):
 
 
 @dataclass(frozen=True)
-class Cast(_Through):
+class Cast(Through):
     """Every tensor in one dtype. Raises UserError where a finite value would become infinite."""
 
     source: Source

@@ -60,7 +60,9 @@ def write_tiny(
     return directory
 
 
-def write_torch(directory: Path, *, dtype: str = "float32", shard: str = "5GB", **changes: Any) -> Any:
+def write_torch(
+    directory: Path, *, dtype: str = "float32", shard: str = "5GB", **changes: Any
+) -> Any:
     """The same made and saved by transformers with torch. Returns the torch model in float32."""
     import torch
     import transformers
@@ -69,7 +71,7 @@ def write_torch(directory: Path, *, dtype: str = "float32", shard: str = "5GB", 
     values = {key: value for key, value in values.items() if value != "absent"}
     torch.manual_seed(0)
     kind = values.pop("architectures")[0]
-    config_class = transformers.MistralConfig if kind.startswith("Mistral") else transformers.LlamaConfig
+    config_class = getattr(transformers, kind.replace("ForCausalLM", "Config"))
     values.pop("model_type")
     values.pop("torch_dtype")
     config = config_class(**values)

@@ -20,7 +20,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 500.0,
 }
-MISTRAL = {"architectures": ["MistralForCausalLM"], "attention_bias": "absent", "mlp_bias": "absent"}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
 CASES: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {},

@@ -239,7 +239,10 @@ def render(
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {
+            "rope_theta": config.rope_theta,
+            **(scaling or {"rope_type": "default"}),
+        },
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": dtype,

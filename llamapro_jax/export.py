@@ -1,0 +1,140 @@
+"""The trained model as a Hugging Face directory, checked against ours after writing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llamapro_jax.errors import UserError
+from llamapro_jax.expand import written
+from llamapro_jax.files import atomic_write, require_new_directory
+from llamapro_jax.fingerprint import Fingerprint
+from llamapro_jax.model.weights import total_parameters
+from llamapro_jax.proof import compare_logits, proof_tokens
+from llamapro_jax.sinks import SHARD_BYTES, copy, lineage_entry
+from llamapro_jax.sources import Source, open_source
+from llamapro_jax.views import Cast, Strength, Until
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and the largest difference of its logits from the stored model's.
+
+    The difference is zero unless another dtype was asked for.
+    """
+
+    parameters: int
+    dtype: str
+    largest_difference: float
+
+
+def export(
+    source: str,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    strength: float = 1.0,
+    generation: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    licence: str = "other",
+) -> Export:
+    """Writes safetensors, config, tokenizer and a model card; then reads them back and compares.
+
+    Base tensors come from the converted checkpoint byte for byte, never from a cast copy, unless
+    `dtype` asks for a cast. Raises UserError when the reloaded model is not what was written.
+    """
+    require_new_directory(Path(destination))
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    stored = open_source(source)
+    view: Source = stored
+    if generation is not None:
+        view = Until(view, generation)
+    if strength != 1.0:
+        view = Strength(view, strength)
+    exact = view
+    if dtype is not None:
+        view = Cast(view, DTYPES[dtype])
+    differences: list[float] = []
+
+    def check(directory: Path, fingerprint: Fingerprint) -> None:
+        atomic_write(directory / "README.md", model_card(view, licence))
+        again = written(directory, str(destination), "hf")
+        tokens_BT, _ = proof_tokens(stored)
+        _, different, largest = compare_logits(view, again, tokens_BT)
+        if different:
+            raise UserError(
+                f"{destination}: {different:,} logits of the files differ from the model that was "
+                f"exported (by up to {largest:.3g}); nothing was kept. Check the disk."
+            )
+        if dtype is not None:
+            largest = compare_logits(exact, again, tokens_BT)[2]
+        differences.append(largest)
+
+    facts = {"strength": strength} if strength != 1.0 else {}
+    lineage = (*view.lineage, lineage_entry("export", stored, **facts))
+    fingerprint = copy(
+        view, destination, "hf", lineage=lineage, shard_bytes=shard_bytes, check=check
+    )
+    dtypes = sorted({tensor.dtype for tensor in fingerprint.tensors.values()})
+    return Export(total_parameters(view.config), ", ".join(dtypes), differences[0])
+
+
+def base_model(lineage: tuple[Mapping[str, object], ...]) -> str | None:
+    """The hub id or directory that the first step of the lineage started from."""
+    return str(lineage[0]["source"]) if lineage else None
+
+
+def model_card(source: Source, licence: str) -> str:
+    """README.md with the metadata that the hub reads, and what was done to the base."""
+    plan = source.plan
+    base = base_model(source.lineage)
+    # A directory is no name on the hub: its last part tells more than the path of a machine.
+    name = base if base and base.count("/") == 1 and not base.startswith((".", "/")) else None
+    front = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"license: {licence}",
+        *([f"base_model: {name}"] if name else []),
+        "tags:",
+        "- llama-pro",
+        "- block-expansion",
+        "- jax",
+        "---",
+    ]
+    steps = []
+    for entry in source.lineage:
+        verb = entry["verb"]
+        if verb == "expand":
+            depths = [b.depth for b in plan.blocks if b.generation == entry["generation"]]
+            steps.append(f"- expanded by {len(depths)} blocks, now at depth {depths}")
+        elif verb == "train":
+            steps.append(f"- trained {', '.join(entry['trainable'])} for {entry['steps']} steps")
+    title = Path(base).name if base else "model"
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# {title}, with {plan.num_blocks - plan.base_blocks} inserted blocks",
+            "",
+            f"A LLaMA Pro model ([arXiv 2401.02415](https://arxiv.org/abs/2401.02415)) of "
+            f"{total_parameters(source.config):,} parameters: {plan.base_blocks} blocks of the "
+            f"base and {plan.num_blocks - plan.base_blocks} inserted ones. The key `llamapro` of "
+            "`config.json` says which is which.",
+            "",
+            *(["What was done:", "", *steps, ""] if steps else []),
+            "Made with llamapro_jax.",
+            "",
+        ]
+    )

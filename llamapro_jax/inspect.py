@@ -1,0 +1,95 @@
+"""What a model is, without reading its weights: blocks, generations, parameters, bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llamapro_jax.model.weights import (
+    Tensor,
+    block_parameters,
+    block_weights,
+    tensors,
+    total_parameters,
+)
+from llamapro_jax.sources import base_is_original, open_source
+
+
+def describe(path: str) -> dict[str, Any]:
+    """The model at `path`: its sizes, each block, and what was done to it. Plain JSON values."""
+    source = open_source(path)
+    config, plan = source.config, source.plan
+    bytes_of_block = [
+        sum(
+            weight.size(config) * source.dtype(Tensor(weight, block.depth)).itemsize
+            for weight in block_weights(config)
+        )
+        for block in plan.blocks
+    ]
+    everything = list(tensors(config))
+    return {
+        "path": path,
+        "architecture": config.architecture,
+        "parameters": total_parameters(config),
+        "bytes": sum(t.weight.size(config) * source.dtype(t).itemsize for t in everything),
+        "dtypes": sorted({source.dtype(t).name for t in everything}),
+        "new_parameters": plan.num_new * block_parameters(config),
+        "base_blocks": plan.base_blocks,
+        "generations": plan.generation,
+        "base_is_original": base_is_original(source),
+        "blocks": [
+            {
+                "depth": block.depth,
+                "generation": block.generation,
+                "stack": block.stack,
+                "copied_from": block.copied_from,
+                "trainable": block.stack == "new",
+                "parameters": block_parameters(config),
+                "bytes": size,
+            }
+            for block, size in zip(plan.blocks, bytes_of_block, strict=True)
+        ],
+        "lineage": [dict(entry) for entry in source.lineage],
+    }
+
+
+def as_json(description: dict[str, Any]) -> str:
+    return json.dumps(description, indent=2)
+
+
+def as_text(description: dict[str, Any]) -> str:
+    """A table of the blocks under a heading of the whole."""
+    lines = [
+        f"{description['path']}: {description['architecture']}, "
+        f"{description['parameters']:,} parameters in {', '.join(description['dtypes'])} "
+        f"({size(description['bytes'])}), {len(description['blocks'])} blocks",
+        "",
+        f"{'block':>5}  {'stack':<5}  {'generation':>10}  {'copied from':>11}  "
+        f"{'with `new` trains':<17}  {'parameters':>13}  {'size':>10}",
+    ]
+    for block in description["blocks"]:
+        copied = "" if block["copied_from"] is None else str(block["copied_from"])
+        trains = "yes" if block["trainable"] else "no"
+        lines.append(
+            f"{block['depth']:>5}  {block['stack']:<5}  {block['generation']:>10}  {copied:>11}  "
+            f"{trains:<17}  {block['parameters']:>13,}  {size(block['bytes']):>10}"
+        )
+    new = sum(block["trainable"] for block in description["blocks"])
+    lines += ["", f"{new} new blocks with {description['new_parameters']:,} parameters"]
+    if not description["base_is_original"]:
+        lines.append("more than the new blocks was trained: the base is not the original")
+    for entry in description["lineage"]:
+        facts = {k: v for k, v in entry.items() if k not in ("verb", "source", "llamapro_jax")}
+        tail = " " + ", ".join(f"{k} {v}" for k, v in facts.items()) if facts else ""
+        lines.append(f"{entry['verb']} from {entry['source']}{tail}")
+    return "\n".join(lines)
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that reads best."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
