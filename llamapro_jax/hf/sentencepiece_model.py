@@ -295,7 +295,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=0.9995,
-            unk_surface=" \u2047 ",
+            max_sentence_length=2**24,  # bytes; longer lines would be left out silently
             num_threads=1,
             minloglevel=2,
         )

@@ -130,9 +130,7 @@ def write_corpus(
         "prose_heldout": prose_heldout,
         "code_train": [document for document in code_train if document.name not in taken],
         "code_heldout": code_heldout,
-        "base_train": sorted(
-            prose_train + base_code, key=lambda d: _draw(d.name, f"order {seed}")
-        ),
+        "base_train": sorted(prose_train + base_code, key=lambda d: _draw(d.name, f"order {seed}")),
     }
     paths = {name: Path(directory) / f"{name}.jsonl" for name in FILES}
     for name, path in paths.items():
