@@ -363,6 +363,8 @@ def exported(model_only, tmp_path):
 def test_what_is_written_is_what_every_reader_takes(exported, trained):
     config = json.loads((exported / "tokenizer_config.json").read_text("utf-8"))
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # Else transformers 4 returns token_type_ids too, which `generate` of a LLaMA refuses.
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["a_key_of_tomorrow"] == {"kept": 1}
     assert config["additional_special_tokens"] == ["<|end|>"]
     assert not {"auto_map", "extra_special_tokens"} & set(config)
@@ -392,7 +394,7 @@ def test_transformers_gives_our_ids(exported):
     lines += ["", " ", "  two spaces", "</s> after", "</s>after", "a<|end|> b", "a\n\n", "你好 😀"]
     encoded = theirs(lines)
     assert encoded["input_ids"] == ours.encode_batch(lines, allow_special=True)
-    assert set(encoded) == {"input_ids", "attention_mask"}  # `generate` refuses token_type_ids
+    assert set(encoded) == {"input_ids", "attention_mask"}
     assert theirs.pad_token_id == ours.pad_id and theirs.eos_token_id == ours.eos_id
     chat = [{"role": "user", "content": "Hello"}]
     rendered = theirs.apply_chat_template(chat, tokenize=False)
