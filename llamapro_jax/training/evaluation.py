@@ -1,0 +1,70 @@
+"""The loss of held-out texts while a run trains: the learning and the forgetting curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamapro_jax.data.prefetch import Prefetcher
+from llamapro_jax.data.rows import stack_rows
+from llamapro_jax.training.step import Batch, Metrics
+
+
+def held_out_loss(
+    step: Callable[[Any, Batch], Metrics],
+    params: Any,
+    rows: Any,
+    batch_size: int,
+    max_batches: int | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The mean loss of a text's first `max_batches` batches (None: of all its rows).
+
+    step: as `training.step.build_eval_step` gives it. Returns loss (nats a token), perplexity,
+    tokens (those predicted) and, where the number of bytes of the text is known, bits_per_byte.
+    None when `stopped()` came true on the way.
+    """
+    count = math.ceil(len(rows) / batch_size)
+    count = count if max_batches is None else min(count, max_batches)
+
+    def batch(index: int) -> Mapping[str, np.ndarray]:
+        chosen = range(index * batch_size, min((index + 1) * batch_size, len(rows)))
+        return stack_rows([rows[i] for i in chosen], batch_size)
+
+    totals = {"nll": 0.0, "tokens": 0}
+    waiting: list[Metrics] = []
+
+    def collect(keep: int) -> None:
+        while len(waiting) > keep:
+            for name, value in jax.device_get(waiting.pop(0)).items():
+                totals[name] += value.item()
+
+    with Prefetcher(batch, 0, count) as batches:
+        for one in batches:
+            if stopped():
+                return None
+            waiting.append(step(params, one))
+            # The device always has the next batch, and never a queue of many.
+            collect(keep=1)
+    collect(keep=0)
+    return _figures(totals["nll"], int(totals["tokens"]), rows.fingerprint)
+
+
+def _figures(
+    nll: float, tokens: int, fingerprint: Mapping[str, Any] | None
+) -> dict[str, float]:
+    loss = nll / tokens if tokens else math.nan
+    figures: dict[str, float] = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "tokens": tokens,
+    }
+    if fingerprint is not None and fingerprint["bytes"]:
+        # Of a part of the text, its share of the bytes is taken to be that of the tokens.
+        tokens_a_byte = fingerprint["targets"] / fingerprint["bytes"]
+        figures["bits_per_byte"] = loss / math.log(2) * tokens_a_byte
+    return figures

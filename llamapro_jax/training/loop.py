@@ -1,0 +1,364 @@
+"""`train(config)`: from a configuration to a finished run, in any number of goes.
+
+What a run has done is a function of its configuration and the number of steps: the batch is one
+of (seed, step), and a checkpoint holds all else. So a run that was killed and started again gives
+the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llamapro_jax.checkpoint import Checkpoints, abstract
+from llamapro_jax.checksum import checksums
+from llamapro_jax.config import RunConfig
+from llamapro_jax.data.prefetch import Prefetcher
+from llamapro_jax.errors import UserError
+from llamapro_jax.files import write_json
+from llamapro_jax.flops import step_flops
+from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
+from llamapro_jax.model.llama import Params
+from llamapro_jax.model.params import load_params
+from llamapro_jax.optimizer import build_optimizer
+from llamapro_jax.training.evaluation import held_out_loss
+from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
+from llamapro_jax.training.setup import Setup, finished, prepare
+from llamapro_jax.training.state import (
+    TrainState,
+    check_trainable,
+    dtype_of,
+    format_table,
+    init_state,
+    labels,
+    merge,
+    partition,
+    trainable_table,
+)
+from llamapro_jax.training.step import build_eval_step, build_train_step
+from llamapro_jax.training.stopping import StopSignals
+
+
+def train(config: RunConfig) -> Path:
+    """Trains until the last step, or on from the last checkpoint. Returns the run directory.
+
+    Raises UserError for bad input before anything is written, and `training.stopping.Stopped`
+    when SIGINT or SIGTERM asked it to stop and what it had done is saved.
+    """
+    directory = Path(config.output)
+    summary = finished(config)
+    if summary is not None:
+        print(f"{directory}: is finished ({summary['steps']} steps). {_frozen_line(summary)}.")
+        return directory
+    with StopSignals() as stop:
+        _run(prepare(config), stop)
+    return directory
+
+
+@dataclass
+class _Progress:
+    """What one go of a run carries along. seconds: spent training before this go."""
+
+    setup: Setup
+    state: TrainState
+    frozen: Params
+    optimizer: optax.GradientTransformation
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    display: ProgressDisplay
+    stop: StopSignals
+    seconds: float
+    evaluate_step: Any
+    step: int = 0
+    began: float = field(default_factory=time.monotonic)
+    saved: int | None = None
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.began
+
+
+def _run(setup: Setup, stop: StopSignals) -> None:
+    config, source = setup.config, setup.source
+    spec, dtype = config.trainable, config.compute_dtype
+    print(format_table(trainable_table(source.config, source.plan, spec, dtype)), flush=True)
+    setup, state, frozen, optimizer = _load(setup)
+    with (
+        Checkpoints(setup.directory / CHECKPOINTS, config.training.keep) as checkpoints,
+        MetricsWriter(
+            setup.directory,
+            resume_step=setup.resume_step,
+            tensorboard=config.tracking.tensorboard,
+            wandb_project=config.tracking.wandb_project,
+            wandb_mode=config.tracking.wandb_mode,
+            config=asdict(config),
+        ) as metrics,
+        ProgressDisplay(config.training.steps, setup.resume_step or 0) as display,
+    ):
+        seconds = 0.0
+        if setup.resume_step is not None:
+            wanted = abstract((state.trainable, state.opt_state))
+            del state  # or there would be two in memory
+            state, seconds = _restore(checkpoints, setup, *wanted)
+            display.message(f"{setup.directory}: going on from step {setup.resume_step}")
+        run = _Progress(
+            setup=setup,
+            state=state,
+            frozen=frozen,
+            optimizer=optimizer,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            display=display,
+            stop=stop,
+            seconds=seconds,
+            evaluate_step=build_eval_step(
+                source.config, source.plan, dtype, loss_chunk=config.training.loss_chunk
+            ),
+            step=setup.resume_step or 0,
+            saved=setup.resume_step,
+        )
+        del state, frozen
+        _evaluate_if_due(run)
+        _stop_if_asked(run)
+        if run.step < config.training.steps:
+            _take_steps(run)
+        checkpoints.wait()
+        _finish(run)
+
+
+def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransformation]:
+    """The state before the first step, the frozen weights, and the optimizer.
+
+    The frozen weights are compared with those of the run's first go, whose checksums it records.
+    """
+    config, source = setup.config, setup.source
+    params = load_params(source, dtype_of(config.trainable, config.compute_dtype))
+    trainable, frozen = partition(params, config.trainable)
+    check_trainable(trainable, source.config, source.plan, config.trainable)
+    optimizer = build_optimizer(
+        config.optimizer, config.training.steps, labels(params, config.trainable)
+    )
+    found = checksums(frozen)
+    if not setup.record.frozen:
+        setup = replace(setup, record=replace(setup.record, frozen=found))
+        setup.record.write(setup.directory)
+    changed = _differing(setup.record.frozen, found)
+    if changed:
+        raise UserError(
+            f"{config.model}: {changed[0]} is not what it was when the run in {setup.directory} "
+            "began, though the model's fingerprint is the same; its files are damaged. Put back "
+            "the original."
+        )
+    return setup, init_state(trainable, frozen, optimizer), frozen, optimizer
+
+
+def _differing(before: Any, after: Any) -> list[str]:
+    names = set(before) | set(after)
+    return sorted(name for name in names if before.get(name) != after.get(name))
+
+
+def _restore(
+    checkpoints: Checkpoints, setup: Setup, trainable: Any, optimizer: Any
+) -> tuple[TrainState, float]:
+    """The state that the run goes on from, and the seconds that it took to get there."""
+    assert setup.resume_step is not None
+    trainable, optimizer, meta = checkpoints.restore(setup.resume_step, trainable, optimizer)
+    if meta["model_digest"] != setup.record.model_digest:
+        raise UserError(
+            f"{checkpoints.directory / str(setup.resume_step)}: was trained on another base than "
+            "run.json says; it is another run's. Put back what belongs here."
+        )
+    step = jnp.asarray(setup.resume_step, jnp.int32)
+    return TrainState(step, trainable, optimizer), float(meta["seconds"])
+
+
+def _batch(setup: Setup, step: int) -> dict[str, np.ndarray]:
+    batch = setup.data.mixture.batch(step)
+    batch.pop("source")
+    return batch
+
+
+def _take_steps(run: _Progress) -> None:
+    setup, training = run.setup, run.setup.config.training
+    source = setup.source
+    step_function = build_train_step(source.config, source.plan, setup.config, run.optimizer)
+    began = time.monotonic()
+    compiled = step_function.lower(run.state, run.frozen, _batch(setup, run.step)).compile()
+    run.display.message(f"compiled the step in {time.monotonic() - began:.1f} s")
+    _stop_if_asked(run)
+
+    rate = _Rate(setup, run.step)
+    waiting: Any = None
+    with Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches:
+        for batch in batches:
+            run.state, metrics = compiled(run.state, run.frozen, batch)
+            run.step += 1
+            # One step waits while another runs: the device is busy, and a stop is never far.
+            jax.block_until_ready(waiting)
+            waiting = metrics
+            last = run.step == training.steps
+            if last or run.step % training.log_every == 0:
+                _log(run, metrics, rate)
+            run.display.advance(run.step)
+            pause = time.monotonic()
+            _evaluate_if_due(run)
+            if last or _due(run.step, training.save_every):
+                _save(run, metrics)
+            rate.pause(time.monotonic() - pause)
+            _stop_if_asked(run, metrics)
+
+
+class _Rate:
+    """Tokens a second between two lines of the log, evaluation and saving left out."""
+
+    def __init__(self, setup: Setup, step: int) -> None:
+        source, data = setup.source, setup.config.data
+        self.tokens_a_step = data.batch_size * data.sequence_length
+        self.flops_a_token = step_flops(
+            source.config, source.plan, setup.config.trainable, data.sequence_length
+        ).total
+        self._since = (step, time.monotonic())
+
+    def pause(self, seconds: float) -> None:
+        step, since = self._since
+        self._since = (step, since + seconds)
+
+    def take(self, step: int) -> dict[str, float]:
+        before, since = self._since
+        now = time.monotonic()
+        self._since = (step, now)
+        rate = (step - before) * self.tokens_a_step / max(now - since, 1e-9)
+        return {
+            "tokens_per_second": rate,
+            "useful_flops_per_second": rate * self.flops_a_token,
+        }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _log(run: _Progress, metrics: Any, rate: _Rate) -> None:
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    record = run.metrics.write(
+        "train",
+        run.step,
+        loss=values["loss"],
+        learning_rate=values["learning_rate"],
+        grad_norm=values["grad_norm"],
+        tokens=run.step * rate.tokens_a_step,
+        **rate.take(run.step),
+        seconds=run.elapsed(),
+    )
+    run.display.log(record)
+    _require_finite(run, values)
+
+
+def _require_finite(run: _Progress, metrics: Any) -> None:
+    """AdamW's moments never recover from a NaN, and a save would put it over a good state."""
+    for name in ("loss", "grad_norm"):
+        value = float(metrics[name])
+        if not math.isfinite(value):
+            raise UserError(
+                f"{run.setup.directory}: {name} is {value} at step {run.step}; nothing later than "
+                f"step {run.saved or 0} was saved. Take a lower optimizer.learning_rate, a longer "
+                "warmup or optimizer.clip_norm, with a new output."
+            )
+
+
+def _evaluate_if_due(run: _Progress) -> None:
+    """Writes the losses of the held-out texts that the log does not have yet."""
+    config, data = run.setup.config, run.setup.data
+    training = config.training
+    ends = run.step in (0, training.steps)
+    if not (ends or _due(run.step, training.eval_every)):
+        return
+    for name, rows in data.held_out.items():
+        if run.metrics.recorded("eval", run.step, name):
+            continue
+        figures = held_out_loss(
+            run.evaluate_step,
+            merge(run.state.trainable, run.frozen),
+            rows,
+            config.data.batch_size,
+            training.eval_batches,
+            run.stop.requested,
+        )
+        if figures is None:
+            return
+        run.display.log(run.metrics.write("eval", run.step, name=name, **figures))
+
+
+def _save(run: _Progress, metrics: Any) -> None:
+    if metrics is not None:
+        _require_finite(run, metrics)
+    meta = {
+        "model_digest": run.setup.record.model_digest,
+        "compute_dtype": run.setup.config.compute_dtype,
+        "data_position": run.step,
+        "seconds": run.elapsed(),
+    }
+    run.checkpoints.save(run.step, run.state.trainable, run.state.opt_state, meta)
+    run.saved = run.step
+
+
+def _stop_if_asked(run: _Progress, metrics: Any = None) -> None:
+    if not run.stop.requested():
+        return
+    if run.saved != run.step and run.step:
+        _save(run, metrics)
+        run.checkpoints.wait()
+    where = f"saved at step {run.step}" if run.step else "before the first step"
+    raise run.stop.stopped(
+        f"{run.setup.directory}: stopped, {where} of {run.setup.config.training.steps}. "
+        "Run the same command again to go on."
+    )
+
+
+def _finish(run: _Progress) -> None:
+    """Proves that the frozen weights are those of the start, and writes summary.json."""
+    setup = run.setup
+    changed = _differing(setup.record.frozen, checksums(run.frozen))
+    if changed:
+        raise RuntimeError(
+            f"{setup.directory}: frozen weights changed while training: {', '.join(changed[:5])}. "
+            "The run is not to be trusted; please report this."
+        )
+    records = read_metrics(setup.directory)
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for name, tree in (("trainable", run.state.trainable), ("frozen", run.frozen))
+    }
+    leaves = jax.tree.leaves(run.frozen)
+    summary = {
+        "steps": run.step,
+        "tokens": run.step * setup.config.data.batch_size * setup.config.data.sequence_length,
+        "seconds": run.elapsed(),
+        "final_losses": {
+            "train": next(r["loss"] for r in reversed(records) if r["kind"] == "train"),
+            "eval": {
+                r["name"]: r["loss"]
+                for r in records
+                if r["kind"] == "eval" and r["step"] == run.step
+            },
+        },
+        "frozen_bits": sum(leaf.nbytes * 8 for leaf in leaves),
+        "frozen_bits_changed": 0,
+        "parameters": {**sizes, "total": sum(sizes.values())},
+    }
+    write_json(setup.directory / SUMMARY_FILE, summary)
+    run.display.message(f"{setup.directory}: {run.step} steps in {duration(run.elapsed())}")
+    run.display.message(_frozen_line(summary))
+
+
+def _frozen_line(summary: dict[str, Any]) -> str:
+    if not summary["frozen_bits"]:
+        return "everything trained, nothing was frozen"
+    return f"{summary['frozen_bits_changed']} of {summary['frozen_bits']:,} frozen bits changed"

@@ -1,0 +1,247 @@
+"""Everything that can be wrong with a run, found before anything expensive begins.
+
+The order is from cheap to dear: the configuration, a run that is there already, the model's
+architecture and plan, whether the texts exist, then the hash of the model and the preparation of
+the texts. A new run directory appears whole, with its texts prepared, or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax.config import (
+    MAY_CHANGE_ON_RESUME,
+    EvalSourceConfig,
+    RunConfig,
+    SourceConfig,
+    changed,
+    load_config,
+    save_config,
+    validate,
+)
+from llamapro_jax.data.dataset import Rows
+from llamapro_jax.data.dataset import open_source as open_rows_of
+from llamapro_jax.data.mixture import Mixture
+from llamapro_jax.data.text import text_files
+from llamapro_jax.errors import UserError
+from llamapro_jax.files import atomic_directory, read_json, require_new_directory, write_json
+from llamapro_jax.hf.config import read_config, render
+from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
+from llamapro_jax.sinks import copy_tokenizer, lineage_entry
+from llamapro_jax.sources import Source, open_source
+from llamapro_jax.training.run_directory import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    RunRecord,
+    RunSource,
+    is_run,
+)
+from llamapro_jax.training.state import check_spec
+
+DATA = "data"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The texts of a run. fingerprints: of each prepared one; None for a set made by others."""
+
+    mixture: Mixture
+    held_out: dict[str, Rows]
+    fingerprints: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that may begin, or go on from `resume_step`."""
+
+    config: RunConfig
+    directory: Path
+    source: Source
+    record: RunRecord
+    data: Data
+    resume_step: int | None
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The summary of the run in `config.output` when it is this one and done.
+
+    Raises UserError when the directory holds a run of other settings, or anything but a run.
+    """
+    directory = Path(config.output)
+    if not is_run(directory):
+        require_new_directory(directory)
+        return None
+    _check_config(config, directory)
+    steps = committed_steps(directory / CHECKPOINTS)
+    summary = directory / SUMMARY_FILE
+    if steps and steps[-1] == config.training.steps and summary.is_file():
+        return read_json(summary)
+    return None
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Opens the model, the texts and the run directory. Raises UserError for all bad input."""
+    validate(config)
+    directory = Path(config.output)
+    source = open_source(config.model, masters=True)
+    check_spec(config.trainable, source.config, source.plan)
+    _check_length(config, source)
+    _check_texts(config)
+    tokenizer = load_tokenizer(source.directory) if find_tokenizer(source.directory) else None
+    if not is_run(directory):
+        _create(config, directory, source, tokenizer)
+        record = RunRecord.read(directory)
+        data = _open_data(config, directory, source, tokenizer)
+    else:
+        record = _check_model(directory, source)
+        data = _open_data(config, directory, source, tokenizer)
+        _check_data(directory, record, data)
+        # What may change has its new value from here on; a model that moved, its new place.
+        record = replace(record, model=_place(config.model))
+        record.write(directory)
+        save_config(config, directory / CONFIG_FILE)
+    steps = committed_steps(directory / CHECKPOINTS)
+    return Setup(config, directory, source, record, data, steps[-1] if steps else None)
+
+
+# ------------------------------------------------------------------- checks
+
+
+def _check_length(config: RunConfig, source: Source) -> None:
+    length, longest = config.data.sequence_length, source.config.max_position_embeddings
+    if length > longest:
+        raise UserError(
+            f"data.sequence_length is {length}, but {config.model} was made for at most {longest} "
+            "positions (max_position_embeddings); take at most that."
+        )
+
+
+def _entries(config: RunConfig) -> list[tuple[str, SourceConfig | EvalSourceConfig]]:
+    of_training = [(f"sources.{entry.name}", entry) for entry in config.data.sources]
+    return of_training + [(f"eval.{entry.name}", entry) for entry in config.data.eval]
+
+
+def _check_texts(config: RunConfig) -> None:
+    for where, entry in _entries(config):
+        if entry.kind == "text":
+            try:
+                text_files(entry.path)
+            except UserError as error:
+                raise UserError(f"data.{where}: {error}") from None
+
+
+def _check_config(config: RunConfig, directory: Path) -> None:
+    # Whether the model is the same is a matter of its fingerprint, not of its path.
+    may_change = (*MAY_CHANGE_ON_RESUME, "model")
+    lines = changed(load_config(directory / CONFIG_FILE), config, may_change)
+    if lines:
+        raise UserError(
+            f"{directory}: holds a run that began with other settings:\n  "
+            + "\n  ".join(lines)
+            + "\nGo on with the settings that it began with, or name another output."
+        )
+
+
+def _check_model(directory: Path, source: Source) -> RunRecord:
+    """The record of the run, when it began from this model with this plan."""
+    record = RunRecord.read(directory)
+    _, architecture, plan = read_config(directory)
+    if source.plan != plan or source.config != architecture:
+        raise UserError(
+            f"{directory}: holds a run on a model with another plan or architecture: "
+            f"{plan.num_blocks} blocks, the new ones at {list(plan.new_depths)}; {source.path} "
+            f"has {source.plan.num_blocks}, the new ones at {list(source.plan.new_depths)}. "
+            f"Give it {record.model} again, or name another output."
+        )
+    digest = source.fingerprint().digest
+    if digest != record.model_digest:
+        raise UserError(
+            f"{directory}: holds a run on another base: {source.path} has digest {digest[:12]}, "
+            f"the run began from {record.model} with {record.model_digest[:12]}. Give it that "
+            "model again, or name another output."
+        )
+    return record
+
+
+def _check_data(directory: Path, record: RunRecord, data: Data) -> None:
+    for name, fingerprint in data.fingerprints.items():
+        if fingerprint != record.data.get(name):
+            raise UserError(
+                f"data.{name}: its text or tokenizer changed since the run in {directory} began, "
+                "which then would not read the same rows. Put it back, or name another output."
+            )
+
+
+# ------------------------------------------------------------------- what a run begins with
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.is_dir() else model
+
+
+def _open_data(
+    config: RunConfig, directory: Path, source: Source, tokenizer: Tokenizer | None
+) -> Data:
+    """Prepares the texts, unless they are prepared already, and opens all rows."""
+    cache = Path(config.data.cache_directory or directory / DATA)
+    rows: dict[str, Rows] = {}
+    for where, entry in _entries(config):
+        rows[where] = open_rows_of(
+            name=entry.name,
+            path=entry.path,
+            kind=entry.kind,
+            split=entry.split,
+            tokenizer=tokenizer,
+            sequence_length=config.data.sequence_length,
+            cache_directory=cache,
+            vocab_size=source.config.vocab_size,
+        )
+    training = [
+        (entry.name, rows[f"sources.{entry.name}"], entry.weight) for entry in config.data.sources
+    ]
+    return Data(
+        mixture=Mixture(training, config.data.batch_size, config.seed),
+        held_out={entry.name: rows[f"eval.{entry.name}"] for entry in config.data.eval},
+        fingerprints={
+            where: one.fingerprint["fingerprint"] if one.fingerprint else None
+            for where, one in rows.items()
+        },
+    )
+
+
+def _create(
+    config: RunConfig, directory: Path, source: Source, tokenizer: Tokenizer | None
+) -> None:
+    with atomic_directory(directory) as temporary:
+        data = _open_data(config, temporary, source, tokenizer)
+        fingerprint = source.fingerprint()
+        trained = lineage_entry(
+            "train",
+            source,
+            trainable=list(config.trainable),
+            steps=config.training.steps,
+            base_digest=fingerprint.digest,
+        )
+        lineage = (*source.lineage, trained)
+        stored = source.stored() if isinstance(source, RunSource) else source
+        dtype = stored.dtype(Tensor(OUTER_BY_NAME["embed"], None)).name
+        write_json(
+            temporary / "config.json",
+            render(source.hf_config, source.config, source.plan, dtype, lineage),
+        )
+        fingerprint.write(temporary)
+        copy_tokenizer(source.directory, temporary)
+        save_config(config, temporary / CONFIG_FILE)
+        RunRecord(
+            model=_place(config.model),
+            model_digest=fingerprint.digest,
+            trainable=config.trainable,
+            lineage=lineage,
+            data=data.fingerprints,
+        ).write(temporary)

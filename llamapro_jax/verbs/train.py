@@ -1,0 +1,39 @@
+"""Train what the plan says: the new blocks, or more, on the texts of a configuration.
+
+The same command again goes on from the last checkpoint. CONFIG is a YAML file, and any setting
+can be changed behind it as key.path=value; docs/configuration.md lists them all. Ctrl-C and
+SIGTERM end the step, save, and exit with status 130 and 42.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+HELP = "train the new blocks (or more) on texts; run again to resume"
+EXAMPLE = """\
+llamapro train configs/llama2_7b_pro.yaml
+llamapro train configs/llama2_7b_pro.yaml optimizer.learning_rate=3e-4 output=runs/second"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="a setting that differs from CONFIG"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from llamapro_jax.config import load_config
+
+    config = load_config(args.config, args.overrides)
+
+    from llamapro_jax.training.loop import train
+    from llamapro_jax.training.stopping import Stopped
+
+    try:
+        train(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
+    return 0
