@@ -6,14 +6,16 @@ usage() {
   cat <<'USAGE'
 usage: launch/tpu_vm.sh [train] --name NAME --zone ZONE [--project PROJECT] [--dry-run]
                         --config CONFIG [key.path=value ...]
+       launch/tpu_vm.sh install --name NAME --zone ZONE [--project PROJECT] [--dry-run]
        launch/tpu_vm.sh logs --name NAME --zone ZONE [--project PROJECT] [--dry-run] [--follow]
        launch/tpu_vm.sh stop --name NAME --zone ZONE [--project PROJECT] [--dry-run]
 
-train   copies this checkout to all workers of a TPU VM that exists, installs it there with the
-        tpu extra and starts `llamapro train CONFIG ...`, detached: the connection may go.
-        The same command again resumes the run.
-logs    shows the last lines of its output; with --follow, the coming ones too
-stop    ends it (SIGTERM)
+train    copies this checkout to all workers of a TPU VM that exists, installs it there with the
+         tpu extra and starts `llamapro train CONFIG ...`, detached: the connection may go.
+         The same command again resumes the run.
+install  does the first two and stops, to prepare models and data there before a run
+logs     shows the last lines of the output of training; with --follow, the coming ones too
+stop     ends training (SIGTERM)
 
   --name NAME         the TPU VM; for a queued resource, the --node-id it was created with
   --zone ZONE         its zone
@@ -72,9 +74,12 @@ choose a slice of one host (v5litepod-8, v6e-8, ...)"
   fi
 }
 
-# What an install and a run need, and nothing else: a checkout may hold models.
-copy_checkout() {
+# Copies what an install and a run need, and nothing else (a checkout may hold models), and
+# installs it.
+install_checkout() {
   local archive
+  on_all_workers "$is_running
+$refuse_second"
   if ((dry_run)); then
     archive=llamapro_jax.tar.gz
   else
@@ -83,8 +88,9 @@ copy_checkout() {
     archive="$temporary/llamapro_jax.tar.gz"
   fi
   run env COPYFILE_DISABLE=1 tar -C "$root" --exclude=__pycache__ -czf "$archive" \
-    pyproject.toml README.md LICENSE llamapro_jax launch "$config"
+    pyproject.toml README.md LICENSE llamapro_jax launch configs ${config:+"$config"}
   tpu_vm scp "$archive" "$name:llamapro_jax.tar.gz" --worker=all
+  on_all_workers "$install"
 }
 
 # Remote commands. The quotes keep what the TPU VM has to expand.
@@ -93,7 +99,7 @@ copy_checkout() {
   is_running='is_running() { pid="$(cat ~/llamapro_jax/train.pid 2>/dev/null)" &&
   grep -Eaq "llamapro|local\.sh" "/proc/$pid/cmdline" 2>/dev/null; }'
   refuse_second='if is_running; then
-  echo "error: a training run is under way here (process $pid); stop it first" >&2; exit 1; fi'
+  echo "error: a training run is under way here (process $pid): launch/tpu_vm.sh stop ..." >&2; exit 1; fi'
   # Old modules are removed: a file that the new checkout no longer has would still be imported.
   # TPU VM images for v4 to v6e come with Python 3.10.
   install='set -e
@@ -109,7 +115,7 @@ else echo "no training run is under way"; fi'
 
 verb=train
 case "${1:-}" in
-  train | logs | stop) verb="$1"; shift ;;
+  train | install | logs | stop) verb="$1"; shift ;;
 esac
 name="" zone="" project="" config=""
 dry_run=0
@@ -127,6 +133,12 @@ while (($# > 0)); do
     -*) die "unknown option $1; launch/tpu_vm.sh --help lists them" ;;
     *) break ;;
   esac
+done
+for override in "$@"; do
+  # An option after the overrides would otherwise reach the TPU VM and be missed here.
+  if [[ ! "$override" =~ ^[A-Za-z_][^=]*= ]]; then
+    die "$override: is neither train, install, logs or stop, nor a key.path=value; options come first"
+  fi
 done
 if [[ -z "$name" ]]; then die "--name is missing: which TPU VM?"; fi
 if [[ -z "$zone" ]]; then die "--zone is missing: where is $name?"; fi
@@ -148,10 +160,7 @@ case "$verb" in
     fi
     command="launch/local.sh --accelerator tpu$(printf ' %q' "$config" "$@")"
     require_one_worker
-    on_all_workers "$is_running
-$refuse_second"
-    copy_checkout
-    on_all_workers "$install"
+    install_checkout
     # Its own session and no terminal: it outlives the connection.
     on_all_workers "cd ~/llamapro_jax || exit
 nohup setsid $command >>train.log 2>&1 </dev/null &
@@ -160,6 +169,10 @@ echo \$! >train.pid"
       echo "Training runs on $name. Its output:"
       echo "  launch/tpu_vm.sh logs --name $name --zone $zone${project:+ --project $project} --follow"
     fi
+    ;;
+  install)
+    require_one_worker
+    install_checkout
     ;;
   logs) on_all_workers "tail -n 50$follow ~/llamapro_jax/train.log" ;;
   stop) on_all_workers "$is_running

@@ -320,6 +320,15 @@ def test_tpu_vm_trains_detached_shows_its_log_and_stops(machine: Machine, checko
             os.kill(process, signal.SIGKILL)
 
 
+def test_tpu_vm_install_trains_nothing(machine: Machine, checkout: Path) -> None:
+    result = machine.run("launch/tpu_vm.sh", "install", *PLACE, cwd=checkout)
+    assert result.returncode == 0, result.stderr
+    remote = machine.remote_home / "llamapro_jax"
+    assert (remote / "configs" / "tiny.yaml").exists()
+    assert machine.installs()[0].endswith(f"--editable {remote}[tpu]")
+    assert not (remote / "train.pid").exists()
+
+
 def running(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -360,6 +369,9 @@ def test_tpu_vm_refuses_what_is_not_one_worker(
         ([*PLACE, "--follow", "--config", "configs/tiny.yaml"], "--follow belongs to logs"),
         (["stop", *PLACE, "--config", "configs/tiny.yaml"], "--config belongs to train"),
         (["logs", *PLACE, "a=b"], "logs takes no a=b"),
+        (["lgos", *PLACE], "lgos: is neither train, install, logs or stop"),
+        ([*PLACE, "--config", "configs/tiny.yaml", "a=b", "--dry-run"], "options come first"),
+        (["install", *PLACE, "--config", "configs/tiny.yaml"], "--config belongs to train"),
     ],
 )
 def test_tpu_vm_refuses(
