@@ -1,0 +1,248 @@
+"""Text from a model, token by token, with a key/value cache.
+
+The prompt goes through the model once, padded to a length of few choices; then each token is one
+call of one compiled program for each size of the cache. Padding is never seen: a padded slot lies
+after every query that runs before the slot is overwritten.
+
+Legend: B batch (1 here), T query length, S slots of the cache, D model, K key/value heads, C head
+dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamapro_jax.errors import UserError
+from llamapro_jax.expansion import Segment
+from llamapro_jax.hf.tokenizer_config import optional_json
+from llamapro_jax.model.attention import attention_mask
+from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.llama import (
+    Context,
+    KeyValues,
+    Params,
+    apply_block,
+    embed,
+    logits,
+    rms_norm,
+    run_blocks,
+)
+from llamapro_jax.model.rope import rope_tables
+from llamapro_jax.sampling import Draw, Sampling, choose
+
+if TYPE_CHECKING:
+    from llamapro_jax.model.api import Model
+
+DEFAULT_MAX_TOKENS = 128
+# So many ids before the text decide how its first piece is written (the space before a word).
+DECODER_CONTEXT = 16
+
+# (base, new): for each segment the KeyValues [repeats, blocks, B, S, K, C], or None.
+Cache = tuple[list[Any], list[Any]]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a compiled program depends on besides the shapes of its arguments."""
+
+    config: ModelConfig
+    segments: tuple[Segment, ...]
+    dtype: np.dtype
+    with_new: bool
+
+
+def padded_length(tokens: int) -> int:
+    """Powers of two from 16 to 1024, then multiples of 1024: few programs, little padding."""
+    if tokens > 1024:
+        return -(-tokens // 1024) * 1024
+    return max(16, 1 << (tokens - 1).bit_length())
+
+
+def empty_cache(program: Program, slots: int) -> Cache:
+    """Zeros of the cache's shape, for the blocks that run."""
+    config = program.config
+
+    def of(repeats: int, blocks: int) -> KeyValues | None:
+        shape = (repeats, blocks, 1, slots, config.num_kv_heads, config.head_dim)
+        return KeyValues(jnp.zeros(shape, program.dtype), jnp.zeros(shape, program.dtype))
+
+    base = [of(s.repeats, s.base) if s.base else None for s in program.segments]
+    with_new = program.with_new
+    new = [of(s.repeats, s.new) if s.new and with_new else None for s in program.segments]
+    return base, new
+
+
+def _run(
+    program: Program, params: Params, cache: Cache, tokens_BT: jax.Array, start: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """The blocks for tokens at positions start, start + 1, ...: [B, T, D] before the last norm."""
+    config = program.config
+    slots = jax.tree.leaves(cache)[0].shape[3]
+    positions_BT = start + jnp.arange(tokens_BT.shape[1])[None]
+    slots_BS = jnp.arange(slots)[None]
+    # A slot holds the token of the same position, so that causality hides the unwritten ones.
+    mask_BTS = attention_mask(
+        positions_BT,
+        slots_BS,
+        jnp.zeros_like(positions_BT),
+        jnp.zeros_like(slots_BS),
+        config.sliding_window,
+    )
+    context = Context(*rope_tables(config, positions_BT), mask_BTS, start)
+
+    def body(x_BTD: jax.Array, of_block: Any) -> tuple[jax.Array, KeyValues | None]:
+        leaves, keys_values = of_block
+        return apply_block(config, leaves, x_BTD, context, keys_values)
+
+    base = list(zip(params["base"], cache[0], strict=True))
+    new = list(zip(params["new"], cache[1], strict=True))
+    x_BTD = embed(params, tokens_BT, program.dtype)
+    return run_blocks(body, x_BTD, program.segments, base, new, program.with_new)
+
+
+def _scores(program: Program, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """The scores [V] of the token after the only one in `x`."""
+    x_BTD = rms_norm(x_BTD, params["final_norm"], program.config.rms_norm_eps)
+    return logits(params, x_BTD)[0, 0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(
+    program: Program, params: Params, tokens_BT: jax.Array, length: jax.Array, draw: Draw
+) -> tuple[jax.Array, Cache]:
+    """The first new token, and a cache of as many slots as the padded prompt has tokens."""
+    cache = empty_cache(program, tokens_BT.shape[1])
+    x_BTD, cache = _run(program, params, cache, tokens_BT, jnp.int32(0))
+    last_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, length - 1, 1, axis=1)
+    return choose(_scores(program, params, last_BTD), draw.at(length)), cache
+
+
+@partial(jax.jit, static_argnums=1)
+def _grow(cache: Cache, slots: int) -> Cache:
+    """The cache with more slots."""
+
+    def longer(array: jax.Array) -> jax.Array:
+        missing = slots - array.shape[3]
+        return jnp.pad(array, [(0, missing if axis == 3 else 0) for axis in range(array.ndim)])
+
+    return jax.tree.map(longer, cache)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    program: Program,
+    params: Params,
+    cache: Cache,
+    token: jax.Array,
+    position: jax.Array,
+    draw: Draw,
+) -> tuple[jax.Array, Cache]:
+    """The token after `token`, which stands at `position`."""
+    x_BTD, cache = _run(program, params, cache, token[None, None], position)
+    return choose(_scores(program, params, x_BTD), draw.at(position + 1)), cache
+
+
+def stop_ids(model: Model) -> frozenset[int]:
+    """Ids that end a text: those of generation_config.json, config.json and the tokenizer."""
+    ids: set[int] = set()
+    generation = optional_json(model.source.directory / "generation_config.json")
+    for values in (generation, model.source.hf_config):
+        value = values.get("eos_token_id")
+        ids |= set(value) if isinstance(value, list) else {value}
+    if model.tokenizer is not None:
+        ids.add(model.tokenizer.eos_id)
+    return frozenset(ids - {None})
+
+
+def stream_tokens(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    new_blocks: bool = True,
+) -> Iterator[int]:
+    """Ids that follow `prompt`, as they are made, until a stop id (left out) or `max_tokens`.
+
+    max_tokens: None means 128, or what fits into the model. new_blocks=False: without them.
+
+    Raises:
+      UserError: an empty prompt, an id outside the vocabulary, more tokens than the model has
+        positions.
+    """
+    model.check_new_blocks(new_blocks)
+    tokens = model.check_tokens([list(prompt)])[0]
+    room = model.config.max_position_embeddings - len(tokens)
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1))
+    if max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1.")
+    if max_tokens > room:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens and max_tokens is {max_tokens}, together more "
+            f"than the model's {model.config.max_position_embeddings} positions; "
+            + (f"take max_tokens {room} or less." if room > 0 else "shorten the prompt.")
+        )
+    sampling = sampling or Sampling()
+    program = Program(model.config, model.plan.segments, model.dtype, new_blocks)
+    return _stream(model, program, tokens, max_tokens, sampling.draw(model.config.vocab_size))
+
+
+def _stream(
+    model: Model, program: Program, tokens: np.ndarray, max_tokens: int, draw: Draw
+) -> Iterator[int]:
+    stops, length = stop_ids(model), len(tokens)
+    padded = np.zeros((1, padded_length(length)), np.int32)
+    padded[0, :length] = tokens
+    token, cache = _prefill(program, model.params, padded, np.int32(length), draw)
+    cache = _grow(cache, padded_length(length + max_tokens))
+    for position in range(length, length + max_tokens):
+        made = token
+        if position + 1 < length + max_tokens:
+            # Started before this token is looked at, so that the device does not wait for us.
+            token, cache = _decode(
+                program, model.params, cache, made, np.int32(position), draw
+            )
+        value = int(made)
+        if value in stops:
+            return
+        yield value
+
+
+def stream_text(
+    model: Model,
+    prompt: str,
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    new_blocks: bool = True,
+) -> Iterator[str]:
+    """Pieces of the text that follows `prompt`, as `stream_tokens` makes them.
+
+    Raises:
+      UserError: the model has no tokenizer, or what `stream_tokens` raises.
+    """
+    tokenizer = model.require_tokenizer()
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError("the prompt is empty, and the model has no begin token; give it a word.")
+    tokens = stream_tokens(
+        model, ids, max_tokens=max_tokens, sampling=sampling, new_blocks=new_blocks
+    )
+
+    def pieces() -> Iterator[str]:
+        decoder = tokenizer.stream_decoder()
+        for token in ids[-DECODER_CONTEXT:]:
+            decoder.push(token)
+        for token in tokens:
+            yield decoder.push(token)
+        yield decoder.flush()
+
+    return (piece for piece in pieces() if piece)
