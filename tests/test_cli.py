@@ -32,6 +32,7 @@ def probe(*arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     result = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=60
     )
+    assert result.stdout, result.stderr
     marker, _, heavy = result.stdout.strip().splitlines()[-1].partition(":")
     assert marker == "heavy", result.stdout + result.stderr
     return result, set(heavy.split())
