@@ -26,6 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml", "google": "protobuf"}
 # What only an extra brings: imported inside functions, and its absence is handled there.
 OPTIONAL = {"wandb"}
+IMPORT_MODULE = "importlib.import_module"
 # The one reader of PyTorch's own files, behind an explicit flag.
 TORCH_READERS = {"llamapro_jax/hf/safetensors.py"}
 
@@ -38,8 +39,8 @@ def distribution(module: str) -> str:
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Every absolute import in a file: the module, and whether it stands outside functions.
 
-    `from a import b` counts as `a.b`, which may be a module. A block under TYPE_CHECKING is left
-    out: it is never executed.
+    `from a import b` counts as `a.b`, which may be a module; `import_module("a")` counts as `a`.
+    A block under TYPE_CHECKING is left out: it is never executed.
     """
 
     def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
@@ -48,6 +49,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield from ((alias.name, top) for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.level == 0:
                 yield from ((f"{child.module}.{alias.name}", top) for alias in child.names)
+            elif isinstance(child, ast.Call) and ast.unparse(child.func) == IMPORT_MODULE:
+                if isinstance(child.args[0], ast.Constant):
+                    yield child.args[0].value, top
             elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
                 continue
             else:
@@ -81,10 +85,12 @@ def test_the_scan_tells_top_level_from_late(tmp_path: Path) -> None:
     source.write_text(
         "import a.b\nif TYPE_CHECKING:\n    import never\ntry:\n    from c import d\n"
         "except ImportError:\n    pass\ndef f():\n    import e\nclass G:\n    import h\n"
-        "    def i(self):\n        from j import k\nfrom . import sibling\n"
+        "    def i(self):\n        from j import k\n"
+        "        x = importlib.import_module('l').m\nfrom . import sibling\n"
     )
     assert list(imports(source)) == [
         ("a.b", True), ("c.d", True), ("e", False), ("h", True), ("j.k", False),
+        ("l", False),
     ]  # fmt: skip
 
 
