@@ -1,7 +1,7 @@
 """The identity proof: the grown model computes, to the bit, what the base computes.
 
 Hidden states of base and grown model are carried through one block at a time by one compiled
-block function in float32, so that a 7B is proven in the memory of one block. Beside the logits,
+block function in float32, so that a 7B is proven in the memory of a few blocks. Beside the logits,
 exactly the output projections of the new blocks are zero, every other tensor of a new block is
 its source's copy, and the parameter counts are right.
 """
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
 from llamapro_jax.model.attention import attention_mask
@@ -84,37 +85,38 @@ def proof_tokens(source: Source, seed: int = 0) -> tuple[np.ndarray, bool]:
     return np.random.default_rng(seed).integers(0, vocab, (1, length), np.int32), True
 
 
-def _read(source: Source, tensor: Tensor) -> jax.Array:
-    array = tensor.weight.from_hf(source.read(tensor), source.config)
-    return jnp.asarray(array.astype(np.float32))
-
-
 def _block(source: Source, depth: int) -> dict[str, jax.Array]:
+    """The tensors of a block as they are stored: Hugging Face's layout and dtype."""
     rows = block_weights(source.config)
-    return {weight.name: _read(source, Tensor(weight, depth)) for weight in rows}
+    return {row.name: jax.device_put(source.read(Tensor(row, depth))) for row in rows}
 
 
 @partial(jax.jit, static_argnums=0)
-def _step(config: ModelConfig, leaves: Any, x_BTD: jax.Array, context: Context) -> jax.Array:
+def _step(config: ModelConfig, stored: Any, x_BTD: jax.Array, context: Context) -> jax.Array:
+    # Cast and turned round in here, where XLA does both as part of the products.
+    leaves = {
+        row.name: row.from_hf(stored[row.name].astype(jnp.float32), config)
+        for row in block_weights(config)
+    }
     return apply_block(config, leaves, x_BTD, context)[0]
 
 
 @partial(jax.jit, static_argnums=0)
 def _final(config: ModelConfig, x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    return rms_norm(x_BTD, scale_D, config.rms_norm_eps)
+    return rms_norm(x_BTD, scale_D.astype(jnp.float32), config.rms_norm_eps)
 
 
 @jax.jit
 def _scores(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD)
+    return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD.astype(jnp.float32))
 
 
 def _head_slices(source: Source) -> Iterator[jax.Array]:
-    """The output projection in float32, HEAD_ROWS of the vocabulary at a time."""
+    """The output projection as it is stored, HEAD_ROWS of the vocabulary at a time."""
     name = "embed" if source.config.tie_embeddings else "head"
     head = source.read(Tensor(OUTER_BY_NAME[name], None))
     for start in range(0, head.shape[0], HEAD_ROWS):
-        yield jnp.asarray(head[start : start + HEAD_ROWS].astype(np.float32))
+        yield jax.device_put(head[start : start + HEAD_ROWS])
 
 
 def _start(source: Source, tokens_BT: np.ndarray) -> jax.Array:
@@ -123,15 +125,16 @@ def _start(source: Source, tokens_BT: np.ndarray) -> jax.Array:
 
 
 def final_states(source: Source, tokens_BT: np.ndarray) -> jax.Array:
-    """The final normed hidden states [B, T, D] float32, in the memory of one block."""
+    """The final normed hidden states [B, T, D] float32, in the memory of two blocks."""
     context = _context(source.config, tokens_BT)
     x_BTD = _start(source, tokens_BT)
     # The number of blocks is not the block's business: one compiled function for both models.
     config = replace(source.config, num_blocks=0)
-    for depth in range(source.config.num_blocks):
-        # Waiting here keeps the weights of two blocks from being in memory at once.
-        x_BTD = _step(config, _block(source, depth), x_BTD, context).block_until_ready()
-    norm = _read(source, Tensor(OUTER_BY_NAME["final_norm"], None))
+    # One block is read while another is computed, so that two are in memory, as they are stored.
+    with Prefetcher(partial(_block, source), 0, source.config.num_blocks, depth=1) as blocks:
+        for stored in blocks:
+            x_BTD = _step(config, stored, x_BTD, context).block_until_ready()
+    norm = jax.device_put(source.read(Tensor(OUTER_BY_NAME["final_norm"], None)))
     return _final(config, x_BTD, norm)
 
 

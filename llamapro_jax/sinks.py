@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from llamapro_jax import __version__, flax_checkpoint
+from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_directory, write_json
 from llamapro_jax.fingerprint import Fingerprint, TensorPrint, tensor_print
@@ -95,10 +97,9 @@ def copy(
             FlaxSink(directory, source) if to == "flax" else HFSink(directory, source, shard_bytes)
         )
         prints: dict[str, TensorPrint] = {}
-        for tensor in track(source, progress):
-            array = source.read(tensor)
-            prints[tensor.name] = tensor_print(array)
+        for tensor, array, printed in read_ahead(source, progress):
             sink.write(tensor, array)
+            prints[tensor.name] = printed.result()
         sink.close()
         fingerprint = Fingerprint(prints)
         # The dtype of the embedding speaks for a checkpoint of several.
@@ -126,19 +127,24 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
         log.warning("%s: has no tokenizer; the copy has none either", source)
 
 
-def track(source: Source, progress: bool) -> Iterator[Tensor]:
-    """The tensors of a model, with a progress bar on a terminal."""
-    everything = list(tensors(source.config))
-    if not progress:
-        yield from everything
-        return
-    from rich.console import Console
-    from rich.progress import track as rich_track
+def read_ahead(
+    source: Source, progress: bool
+) -> Iterator[tuple[Tensor, np.ndarray, Future[TensorPrint]]]:
+    """Each tensor, its array and, in time, its print; a progress bar on a terminal.
 
+    One tensor is read and one is hashed while the caller writes: two are in memory, no more.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    everything = list(tensors(source.config))
     console = Console(stderr=True)
-    yield from rich_track(
-        everything, description="tensors", console=console, disable=not console.is_terminal
-    )
+    hidden = not (progress and console.is_terminal)
+    arrays = Prefetcher(lambda i: source.read(everything[i]), 0, len(everything), depth=1)
+    with arrays, ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
+        for tensor in track(everything, "tensors", console=console, disable=hidden):
+            array = next(arrays)
+            yield tensor, array, pool.submit(tensor_print, array)
 
 
 def check_format(value: str) -> Format:
