@@ -14,6 +14,8 @@ from checkpoints import write_tiny
 from llamapro_jax.expansion import Insertion, spread
 from llamapro_jax.hf.tokenizer import train_tokenizer
 from llamapro_jax.model.api import Model, load
+from llamapro_jax.model.params import block_row
+from llamapro_jax.model.weights import Tensor
 from llamapro_jax.sinks import copy, lineage_entry
 from llamapro_jax.sources import open_hf
 from llamapro_jax.views import Expanded
@@ -58,6 +60,29 @@ def disturbed(model: Model, scale: float = 0.2) -> Model:
                 key, used = jax.random.split(key)
                 leaves[name] = scale * jax.random.normal(used, leaves[name].shape, jnp.float32)
     return replace(model, params=params)
+
+
+class _InMemory:
+    """The source of a model, but for the output projections that are in memory."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.source, name)
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        if tensor.weight.zeroed and tensor.block in self.plan.new_depths:
+            row = block_row(self._model.params, self.plan, tensor.block)[tensor.weight.name]
+            return tensor.weight.to_hf(np.asarray(row), self.config)
+        return self._model.source.read(tensor)
+
+
+def save(model: Model, directory: Path) -> Path:
+    """Writes a disturbed model as a Hugging Face directory."""
+    source: Any = _InMemory(model)
+    copy(source, directory, "hf", lineage=model.source.lineage, progress=False)
+    return directory
 
 
 def random_model(tmp_path: Path, insertions: tuple[Insertion, ...] = (), **changes: Any) -> Model:

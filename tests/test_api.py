@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import write_tiny
-from models import disturbed, english, expand_to, random_model, write_with_tokenizer
+from models import disturbed, english, expand_to, random_model, save, write_with_tokenizer
 
 import llamapro_jax
 from llamapro_jax import UserError
 from llamapro_jax.expansion import Insertion, spread
 from llamapro_jax.model import api
 from llamapro_jax.model.api import altered_by, load
-from llamapro_jax.model.params import block_row
 from llamapro_jax.sinks import copy
 from llamapro_jax.sources import open_hf, open_source
 from llamapro_jax.views import Expanded, Strength
@@ -115,10 +114,7 @@ def test_formats_and_generations_give_the_same_logits(tmp_path: Path) -> None:
 def test_strength_scales_what_the_new_blocks_add(tmp_path: Path) -> None:
     grown = expand_to(write_tiny(tmp_path / "base"), tmp_path / "grown")
     model = disturbed(load(str(grown)))
-    # Save the disturbed blocks, so that `load` has something to scale.
-    source = open_hf(str(grown))
-    path = tmp_path / "model"
-    copy(WithNew(source, model), path, "hf", lineage=source.lineage, progress=False)
+    path = save(model, tmp_path / "model")
     half = load(str(path), strength=0.5)
     assert isinstance(half.source, Strength)
     whole = load(str(path)).params["new"][1]["o"]
@@ -171,19 +167,3 @@ def test_which_training_altered_which_generation(tmp_path: Path) -> None:
     assert altered_by(source, 2) is None and altered_by(source, 3) is None
     # Without new blocks everything that trained is the model itself.
     assert altered_by(Expanded(open_hf(str(tmp_path / "base")), spread(4, 1)), -1) is None
-
-
-class WithNew:
-    """A source whose output projections of new blocks are those of a model in memory."""
-
-    def __init__(self, source: Any, model: Any) -> None:
-        self._source, self._model = source, model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def read(self, tensor: Any) -> np.ndarray:
-        if tensor.weight.zeroed and tensor.block in self.plan.new_depths:
-            row = block_row(self._model.params, self.plan, tensor.block)[tensor.weight.name]
-            return tensor.weight.to_hf(np.asarray(row), self.config)
-        return self._source.read(tensor)

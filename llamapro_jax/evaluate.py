@@ -1,0 +1,470 @@
+"""How well a model predicts texts, and how far it moved from its base on them.
+
+For each text: perplexity, bits per byte, the token shift against the base (the share of positions
+whose most likely token has rank 1, 2 to 3, or a later one under the base) and the mean KL
+divergence from the base. With the new blocks on, off, and at strengths between, from one copy of
+the parameters. `docs/evaluation.md` defines the figures.
+
+Legend: B batch, T row length, N = B * T tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamapro_jax.config import load_config
+from llamapro_jax.data.packing import pack
+from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
+from llamapro_jax.data.text import read_documents, text_files
+from llamapro_jax.errors import UserError
+from llamapro_jax.expansion import Segment
+from llamapro_jax.hf.tokenizer import Tokenizer
+from llamapro_jax.model.api import Model, load
+from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.llama import Params, head_weight, hidden_states
+from llamapro_jax.model.weights import BLOCK_BY_NAME
+from llamapro_jax.sources import open_source
+from llamapro_jax.training import run_directory
+from llamapro_jax.views import Strength
+
+log = logging.getLogger(__name__)
+
+LONGEST_DEFAULT = 2048
+DOCUMENTS_AT_ONCE = 64
+# Float32 scores that exist at the same time for one model: 128 MiB.
+SCORES_AT_ONCE = 2**25
+MARGINAL_RANK = 3
+
+ON, OFF, BASE, MODEL = "new blocks on", "new blocks off", "base", "model"
+
+
+# ------------------------------------------------------------------- texts
+
+
+@dataclass
+class Text:
+    """The rows of one text, and for bits per byte what its documents hold.
+
+    tokens: all but the first of each document, which nothing predicts. A last document that
+    `max_rows` cut counts whole in `tokens` and `bytes`: only their ratio is used.
+    """
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    tokens: int = 0
+    bytes: int = 0
+
+
+def read_text(
+    name: str,
+    path: str | Path,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    max_rows: int | None = None,
+) -> Text:
+    """The first `max_rows` rows of the text at `path`, documents in order, packed as for training.
+
+    Raises UserError as `data.text` does, and for a text that is empty.
+    """
+    text = Text(name)
+    documents = (one for file in text_files(path) for one in read_documents(file))
+
+    def encoded() -> Iterator[list[int]]:
+        while group := list(islice(documents, DOCUMENTS_AT_ONCE)):
+            for one, ids in zip(
+                group, tokenizer.encode_batch(group, bos=True, eos=True), strict=True
+            ):
+                text.tokens += len(ids) - 1
+                text.bytes += len(one.encode())
+                yield ids
+
+    text.rows = list(islice(pack(encoded(), sequence_length), max_rows))
+    if not text.rows:
+        raise UserError(f"{path}: holds no text; name one that is not empty.")
+    return text
+
+
+# ------------------------------------------------------------------- what is computed
+
+
+@partial(jax.jit, static_argnames=("config", "segments", "dtype", "with_new"))
+def _states(
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    strength: jax.Array,
+    *,
+    config: ModelConfig,
+    segments: tuple[Segment, ...],
+    dtype: np.dtype,
+    with_new: bool,
+) -> jax.Array:
+    """The final hidden states [B, T, D], with what the new blocks add times `strength`."""
+
+    def scaled(name: str, leaf: jax.Array) -> jax.Array:
+        if not BLOCK_BY_NAME[name].zeroed:
+            return leaf
+        return (leaf.astype(jnp.float32) * strength).astype(leaf.dtype)
+
+    new = [{name: scaled(name, leaf) for name, leaf in one.items()} for one in params["new"]]
+    return hidden_states(
+        {**params, "new": new},
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        config=config,
+        segments=segments,
+        dtype=dtype,
+        with_new=with_new,
+    )
+
+
+@jax.jit
+def _compare(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    base_x_BTD: jax.Array,
+    base_head_VD: jax.Array,
+    targets_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each token -log p(target), KL(model || base), both float32, and the rank, int32.
+
+    The rank is that of the model's most likely token under the base, from 1. Scores exist for a
+    chunk of tokens at a time.
+    """
+    tokens = targets_BT.size
+    chunk = min(max(SCORES_AT_ONCE // head_VD.shape[0], 16), tokens)
+    padding = -tokens % chunk
+
+    def split(array: jax.Array) -> jax.Array:
+        flat = array.reshape(tokens, *array.shape[2:])
+        padded = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
+        return padded.reshape(-1, chunk, *flat.shape[1:])
+
+    def scores(x_ND: jax.Array, head_VD: jax.Array) -> jax.Array:
+        head_VD = head_VD.astype(x_ND.dtype)
+        return jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=jnp.float32)
+
+    def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        x_ND, base_x_ND, targets_N = inputs
+        log_p_NV = jax.nn.log_softmax(scores(x_ND, head_VD))
+        log_q_NV = jax.nn.log_softmax(scores(base_x_ND, base_head_VD))
+        nll_N = -jnp.take_along_axis(log_p_NV, targets_N[:, None], axis=-1)[:, 0]
+        best_N1 = jnp.argmax(log_p_NV, axis=-1)[:, None]
+        rank_N = 1 + jnp.sum(log_q_NV > jnp.take_along_axis(log_q_NV, best_N1, axis=-1), axis=-1)
+        kl_N = jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
+        return nll_N, kl_N, rank_N.astype(jnp.int32)
+
+    with jax.named_scope("compare"):
+        chunks = jax.lax.map(one, (split(x_BTD), split(base_x_BTD), split(targets_BT)))
+    return jax.tree.map(lambda a: a.reshape(-1)[:tokens].reshape(targets_BT.shape), chunks)
+
+
+def _run(model: Model, batch: Row, strength: float, with_new: bool = True) -> jax.Array:
+    return _states(
+        model.params,
+        batch,
+        np.float32(strength),
+        config=model.config,
+        segments=model.plan.segments,
+        dtype=model.dtype,
+        with_new=with_new,
+    )
+
+
+@dataclass
+class Sums:
+    """Totals over the predicted tokens of a text, in float64."""
+
+    targets: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    unshifted: int = 0
+    marginal: int = 0
+    shifted: int = 0
+
+    def add(self, figures: Sequence[jax.Array], counts_BT: np.ndarray) -> None:
+        nll, kl, rank = (np.asarray(array)[counts_BT] for array in figures)
+        self.targets += nll.size
+        self.nll += float(nll.sum(dtype=np.float64))
+        self.kl += float(kl.sum(dtype=np.float64))
+        self.unshifted += int((rank == 1).sum())
+        self.marginal += int(((rank > 1) & (rank <= MARGINAL_RANK)).sum())
+        self.shifted += int((rank > MARGINAL_RANK).sum())
+
+
+# ------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table for each text. strength None: a model without such a factor."""
+
+    label: str
+    model: Model
+    strength: float | None = None
+
+    def states(self, batch: Row) -> jax.Array:
+        # Strength 0 is the base itself: its own program, not one that adds zeros.
+        strength = 1.0 if self.strength is None else self.strength
+        return _run(self.model, batch, strength, with_new=strength != 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is computed: the settings, and the one they are compared with (None: nothing is)."""
+
+    settings: tuple[Setting, ...]
+    base: Setting | None
+
+
+def recorded_original(model: Model) -> Model | None:
+    """The model before the first training that changed more than the new blocks.
+
+    None, with a warning, when it cannot be opened. Raises UserError when it is another one now.
+    """
+    entry, run = model.base_altered_by, model.source.path
+    if entry is None:
+        return None
+    path, verified = str(entry["source"]), False
+    if run_directory.is_run(run) and model.source.lineage[-1]["source"] == path:
+        # The run knows the whole path, and its source has checked what lies there.
+        path, verified = run_directory.RunRecord.read(Path(run)).model, True
+    try:
+        source = open_source(path)
+    except UserError as error:
+        log.warning(
+            "%s: was trained beyond its new blocks, and the model before that cannot be opened "
+            "(%s); forgetting is not measured. Name the original with --base.",
+            *(run, error),
+        )
+        return None
+    digest = entry.get("base_digest")
+    if not verified and digest is not None and source.fingerprint().digest != digest:
+        raise UserError(
+            f"{path}: is not the model that {run} was trained from (its fingerprint differs); put "
+            "that back, or name the original with --base."
+        )
+    return load(path, dtype=model.dtype.name, generation=max(model.plan.generation - 1, 0))
+
+
+def _comparison(model: Model, strengths: Sequence[float] | None, base: Model | None) -> Comparison:
+    grown = model.plan.generation > 0
+    if isinstance(model.source, Strength):
+        raise UserError(
+            f"{model.source.path}: is loaded at strength {model.source.strength}; load it without, "
+            "and give the strengths to evaluate."
+        )
+    if strengths is not None and not grown:
+        raise UserError(f"{model.source.path}: has no new blocks, so strength means nothing.")
+    for strength in strengths or ():
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength is {strength}; it must be between 0 and 1.")
+    if base is not None:
+        _check_base(model, base)
+    else:
+        base = recorded_original(model)
+    if not grown:
+        settings = [Setting(MODEL, model)]
+    else:
+        settings = [
+            Setting(_label(model, s), model, s)
+            for s in dict.fromkeys((1.0, 0.0) if strengths is None else strengths)
+        ]
+    if base is not None:
+        reference = Setting(BASE, base)
+        return Comparison((*settings, reference), reference)
+    if not grown or model.base_altered_by is not None:
+        return Comparison(tuple(settings), None)
+    return Comparison(tuple(settings), Setting(OFF, model, 0.0))
+
+
+def _label(model: Model, strength: float) -> str:
+    if strength == 1:
+        return ON
+    if strength == 0:
+        altered = model.base_altered_by is not None
+        return f"{OFF} (trained too: not the original)" if altered else OFF
+    return f"strength {strength:g}"
+
+
+def _check_base(model: Model, base: Model) -> None:
+    ours, theirs = model.config.vocab_size, base.config.vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"{base.source.path}: has a vocabulary of {theirs}, {model.source.path} one of {ours}; "
+            "name the model that it grew from."
+        )
+    first, second = model.tokenizer, base.tokenizer
+    if first is not None and second is not None and first.fingerprint != second.fingerprint:
+        raise UserError(
+            f"{base.source.path}: has another tokenizer than {model.source.path}; name the model "
+            "that it grew from."
+        )
+
+
+def default_sequence_length(model: Model) -> int:
+    """Of a run, that of its configuration; else what the model has positions for, at most 2048."""
+    if run_directory.is_run(model.source.path):
+        path = Path(model.source.path) / run_directory.CONFIG_FILE
+        return load_config(path).data.sequence_length
+    return min(model.config.max_position_embeddings, LONGEST_DEFAULT)
+
+
+# ------------------------------------------------------------------- the evaluation
+
+
+def evaluate(
+    model: Model,
+    texts: Mapping[str, str | Path],
+    *,
+    strengths: Sequence[float] | None = None,
+    base: Model | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    max_rows: int | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """One dict for each text and setting; all texts are read before anything is computed.
+
+    texts: name -> text file, JSONL or directory. strengths: factors on what the new blocks add;
+    None: 1 and 0. Strength 0 leaves them out: the base, to the bit. base: what to compare with
+    instead of the model's own base; where more than the new blocks was trained, that is the model
+    recorded in the lineage. sequence_length: None as `default_sequence_length`.
+
+    The dicts have: text, model (the setting), strength, targets (predicted tokens), nll (nats, in
+    all), loss (nats a token), perplexity, bits_per_byte, and against the base unshifted, marginal,
+    shifted (shares of the targets) and kl (nats a token), None where there is no base.
+
+    Raises:
+      UserError: no tokenizer, no text or one that cannot be read, a value out of range, a `base`
+        with another vocabulary or tokenizer.
+    """
+    if sequence_length is None:
+        sequence_length = default_sequence_length(model)
+    _check_sizes(model, sequence_length, batch_size, max_rows)
+    if not texts:
+        raise UserError("no text to evaluate on; name at least one.")
+    tokenizer = model.require_tokenizer()
+    read = [read_text(n, p, tokenizer, sequence_length, max_rows) for n, p in texts.items()]
+    for text in read:
+        # Before the others, so that a tokenizer of another model is found at once.
+        model.check_tokens([row["tokens"] for row in text.rows])
+    comparison = _comparison(model, strengths, base)
+    results = []
+    for text in read:
+        sums = _evaluate_text(comparison, text, batch_size, progress)
+        results += [
+            _figures(text, setting, sums[i], comparison.base is not None)
+            for i, setting in enumerate(comparison.settings)
+        ]
+    return results
+
+
+def _check_sizes(
+    model: Model, sequence_length: int, batch_size: int, max_rows: int | None
+) -> None:
+    longest = model.config.max_position_embeddings
+    if not 2 <= sequence_length <= longest:
+        raise UserError(
+            f"sequence_length is {sequence_length}; this model takes 2 to {longest} "
+            "(max_position_embeddings)."
+        )
+    for name, value in (("batch_size", batch_size), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+
+
+def _evaluate_text(
+    comparison: Comparison, text: Text, batch_size: int, progress: bool
+) -> list[Sums]:
+    sums = [Sums() for _ in comparison.settings]
+    starts: Any = range(0, len(text.rows), batch_size)
+    for start in _tracked(starts, text.name) if progress else starts:
+        batch = stack_rows(text.rows[start : start + batch_size], batch_size)
+        targets_BT, weights_BT = targets_and_weights(batch)
+        base_states = None if comparison.base is None else comparison.base.states(batch)
+        for total, setting in zip(sums, comparison.settings, strict=True):
+            is_base = comparison.base is not None and setting.label == comparison.base.label
+            states = base_states if is_base else setting.states(batch)
+            head = head_weight(setting.model.params)
+            # Without a base the model is compared with itself: one program for all, so that the
+            # same states give the same bits.
+            if comparison.base is None:
+                against = states, head
+            else:
+                against = base_states, head_weight(comparison.base.model.params)
+            total.add(_compare(states, head, *against, targets_BT), weights_BT > 0)
+    return sums
+
+
+def _tracked(starts: range, name: str) -> Iterator[int]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(
+        starts, description=name, console=console, disable=not console.is_terminal, transient=True
+    )
+
+
+def _figures(text: Text, setting: Setting, sums: Sums, compared: bool) -> dict[str, Any]:
+    def mean(total: float) -> float:
+        return total / sums.targets if sums.targets else math.nan
+
+    loss = mean(sums.nll)
+    return {
+        "text": text.name,
+        "model": setting.label,
+        "strength": setting.strength,
+        "targets": sums.targets,
+        "nll": sums.nll,
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        # The loss stands also for the tokens that the cuts between rows leave unpredicted.
+        "bits_per_byte": loss / math.log(2) * text.tokens / text.bytes,
+        "unshifted": mean(sums.unshifted) if compared else None,
+        "marginal": mean(sums.marginal) if compared else None,
+        "shifted": mean(sums.shifted) if compared else None,
+        "kl": mean(sums.kl) if compared else None,
+    }
+
+
+# ------------------------------------------------------------------- what is shown and kept
+
+COLUMNS = {
+    "text": "text",
+    "model": "model",
+    "targets": "tokens",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits/byte",
+    "unshifted": "unshifted",
+    "marginal": "marginal",
+    "shifted": "shifted",
+    "kl": "KL to base",
+}
+
+
+def as_table(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The results as `{"columns": [...], "rows": [[...]]}`, as a run's report takes them."""
+    rows = [[_finite(result[key]) for key in COLUMNS] for result in results]
+    return {"columns": list(COLUMNS.values()), "rows": rows}
+
+
+def as_json(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The results as JSON can hold them: null for what is not finite."""
+    return [{key: _finite(value) for key, value in result.items()} for result in results]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
