@@ -20,7 +20,7 @@ import optax
 
 from llamapro_jax.checkpoint import Checkpoints, abstract
 from llamapro_jax.checksum import checksums
-from llamapro_jax.config import RunConfig
+from llamapro_jax.config import RunConfig, validate
 from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import write_json
@@ -53,6 +53,7 @@ def train(config: RunConfig) -> Path:
     Raises UserError for bad input before anything is written, and `training.stopping.Stopped`
     when SIGINT or SIGTERM asked it to stop and what it had done is saved.
     """
+    validate(config)
     directory = Path(config.output)
     summary = finished(config)
     if summary is not None:

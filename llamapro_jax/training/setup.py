@@ -20,7 +20,6 @@ from llamapro_jax.config import (
     changed,
     load_config,
     save_config,
-    validate,
 )
 from llamapro_jax.data.dataset import Rows
 from llamapro_jax.data.dataset import open_source as open_rows_of
@@ -85,8 +84,10 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
 
 
 def prepare(config: RunConfig) -> Setup:
-    """Opens the model, the texts and the run directory. Raises UserError for all bad input."""
-    validate(config)
+    """Opens the model, the texts and the run directory. Raises UserError for all bad input.
+
+    `config` is valid and `finished(config)` raised nothing.
+    """
     directory = Path(config.output)
     source = open_source(config.model, masters=True)
     check_spec(config.trainable, source.config, source.plan)

@@ -1,0 +1,81 @@
+"""What the tests of training share: a small expanded model with a tokenizer, texts, a run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from checkpoints import write_tiny
+
+from llamapro_jax.config import RunConfig
+from llamapro_jax.expand import expand
+from llamapro_jax.hf.tokenizer import train_tokenizer
+from llamapro_jax.typed_yaml import load
+
+VOCABULARY = 300
+
+
+def text(seed: int, lines: int = 200) -> str:
+    """Lines of words, so that there is something to learn."""
+    rng = random.Random(seed)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    return "\n".join(" ".join(rng.choices(words, k=8)) + "." for _ in range(lines)) + "\n"
+
+
+def write_model(directory: Path, *, expanded: bool = True, **changes: Any) -> Path:
+    """A random model of four blocks (and two new ones) with a real tokenizer."""
+    base = write_tiny(directory / "base", vocab_size=VOCABULARY + 20, **changes)
+    train_tokenizer([text(0)], VOCABULARY, base)
+    if expanded:
+        expand(str(base), directory / "model", blocks=2, to="flax", prove=False)
+        return directory / "model"
+    return base
+
+
+def write_texts(directory: Path) -> dict[str, Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for seed, name in enumerate(("train", "old", "held"), start=1):
+        paths[name] = directory / f"{name}.txt"
+        paths[name].write_text(text(seed, 200 if name == "train" else 30))
+    return paths
+
+
+def settings(model: Path, texts: Path, output: Path) -> dict[str, Any]:
+    """Settings by their path, of a run that takes seconds."""
+    source = {"name": "words", "path": str(texts / "train.txt")}
+    held_out = [
+        {"name": name, "path": str(texts / f"{name}.txt")} for name in ("old", "held")
+    ]
+    return {
+        "model": str(model),
+        "output": str(output),
+        "compute_dtype": "float32",
+        "data.sequence_length": 32,
+        "data.batch_size": 4,
+        "data.sources": [source],
+        "data.eval": held_out,
+        "training.steps": 8,
+        "training.log_every": 2,
+        "training.eval_every": 4,
+        "training.save_every": 4,
+        "optimizer.learning_rate": 0.01,
+        "tracking.tensorboard": False,
+    }
+
+
+def overrides(values: dict[str, Any]) -> list[str]:
+    import json
+
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    ]
+
+
+def run_config(model: Path, texts: Path, output: Path, **changes: Any) -> RunConfig:
+    """`changes`: settings by path, with `__` for a dot."""
+    values = settings(model, texts, output)
+    values |= {name.replace("__", "."): value for name, value in changes.items()}
+    return load(RunConfig, None, overrides(values))

@@ -1,0 +1,490 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from runs import overrides, run_config, settings, write_model, write_texts
+
+from llamapro_jax import cli
+from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax.config import save_config
+from llamapro_jax.errors import UserError
+from llamapro_jax.expand import expand
+from llamapro_jax.flax_checkpoint import StackedArrays
+from llamapro_jax.metrics import MetricsWriter, read_metrics
+from llamapro_jax.model.weights import tensors
+from llamapro_jax.sources import base_is_original, open_source
+from llamapro_jax.training import loop
+from llamapro_jax.training.loop import train
+from llamapro_jax.training.run_directory import RunRecord, open_run
+from llamapro_jax.training.stopping import Stopped
+
+# A run that compiles a step and no more.
+SHORT = {"training__steps": 2, "training__eval_every": None, "data__eval": []}
+TIMES = ("tokens_per_second", "useful_flops_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An expanded model, texts, and a compilation cache that the runs of this file share."""
+    directory = tmp_path_factory.mktemp("train")
+    cache = {
+        "jax_compilation_cache_dir": str(directory / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in cache}
+    for name, value in cache.items():
+        jax.config.update(name, value)
+    write_model(directory)
+    write_texts(directory / "texts")
+    yield directory
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def config_of(work: Path, output: Path, **changes: Any) -> Any:
+    return run_config(work / "model", work / "texts", output, **changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Path) -> Path:
+    return train(config_of(work, work / "undisturbed"))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
+
+
+def saved_arrays(run: Path, step: int) -> dict[str, bytes]:
+    """Every array of a checkpoint, of what trains and of the optimizer."""
+    found = {}
+    for item in ("trainable", "optimizer"):
+        directory = run / "checkpoints" / str(step) / item
+        arrays = StackedArrays(directory)
+        for leaf in sorted(d.parent.name for d in directory.glob("*/.zarray")):
+            found[f"{item}/{leaf}"] = arrays.read(leaf).tobytes()
+    return found
+
+
+def assert_same_run(one: Path, other: Path, step: int = 8) -> None:
+    arrays = saved_arrays(one, step)
+    assert len(arrays) > 30
+    assert saved_arrays(other, step) == arrays
+    assert lines(one) == lines(other)
+
+
+def signal_at(
+    monkeypatch: pytest.MonkeyPatch, number: int, kind: str, step: int, name: str | None = None
+) -> None:
+    """Sends a signal to this process when a record is written, once."""
+    write, sent = MetricsWriter.write, []
+
+    def patched(self: Any, *key: Any, **values: Any) -> Any:
+        record = write(self, *key, **values)
+        if key == (kind, step) and values.get("name") == name and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return record
+
+    monkeypatch.setattr(MetricsWriter, "write", patched)
+
+
+# ------------------------------------------------------------------- a run
+
+
+def test_a_run_trains_the_new_blocks_and_nothing_else(work: Path, undisturbed: Path) -> None:
+    before = open_source(str(work / "model"))
+    after = open_run(undisturbed, masters=True)
+    new = set(before.plan.new_depths)
+    for tensor in tensors(before.config):
+        same = before.read(tensor).tobytes() == after.read(tensor).tobytes()
+        assert same == (tensor.block not in new), tensor.name
+
+
+def test_a_run_leaves_its_model_as_it_was(work: Path, tmp_path: Path) -> None:
+    before = digests(work / "model")
+    train(config_of(work, tmp_path / "run"))
+    assert digests(work / "model") == before
+
+
+def test_the_log_has_every_line_in_order(undisturbed: Path) -> None:
+    found = [(r["kind"], r["step"], r.get("name")) for r in lines(undisturbed)]
+    evals = [[("eval", step, "old"), ("eval", step, "held")] for step in (0, 4, 8)]
+    trains = [("train", step, None) for step in (2, 4, 6, 8)]
+    assert found == [*evals[0], *trains[:2], *evals[1], *trains[2:], *evals[2]]
+    records = read_metrics(undisturbed)
+    first, last = (
+        next(r for r in records if r["step"] == step and r.get("name") == "held")
+        for step in (0, 8)
+    )
+    assert last["loss"] < first["loss"] - 0.1
+    assert first["perplexity"] == pytest.approx(np.exp(first["loss"]))
+    rows = json.loads(next((undisturbed / "data").glob("held-*/fingerprint.json")).read_text())
+    nats = first["loss"] * rows["targets"]
+    assert first["bits_per_byte"] == pytest.approx(nats / np.log(2) / rows["bytes"])
+    assert first["tokens"] == rows["targets"]
+
+
+def test_the_summary_counts_what_was_done(work: Path, undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    records = read_metrics(undisturbed)
+    model = open_source(str(work / "model"))
+    total = sum(model.read(t).size for t in tensors(model.config))
+    assert summary["steps"] == 8 and summary["tokens"] == 8 * 4 * 32
+    assert summary["frozen_bits_changed"] == 0
+    assert summary["frozen_bits"] == 32 * summary["parameters"]["frozen"] > 0
+    assert summary["parameters"]["total"] == total
+    assert summary["final_losses"]["train"] == records[-3]["loss"]
+    assert summary["final_losses"]["eval"] == {r["name"]: r["loss"] for r in records[-2:]}
+
+
+def test_a_frozen_weight_that_moved_is_an_error(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = loop.build_train_step
+
+    class Moving:
+        """A step that changes a frozen weight in place, as a donated buffer would."""
+
+        def __init__(self, *arguments: Any) -> None:
+            self.step = build(*arguments)
+
+        def lower(self, *arguments: Any) -> Any:
+            compiled = self.step.lower(*arguments).compile()
+
+            class Lowered:
+                def compile(self) -> Any:
+                    def step(state: Any, frozen: Any, batch: Any) -> Any:
+                        frozen["final_norm"] = frozen["final_norm"].at[0].add(1e-6)
+                        return compiled(state, frozen, batch)
+
+                    return step
+
+            return Lowered()
+
+    monkeypatch.setattr(loop, "build_train_step", Moving)
+    with pytest.raises(RuntimeError, match="frozen weights changed.*final_norm"):
+        train(config_of(work, tmp_path / "run"))
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_finished_run_says_so(
+    work: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(undisturbed)
+    train(config_of(work, undisturbed))
+    out = capsys.readouterr().out
+    assert "is finished (8 steps). 0 of" in out and "frozen bits changed" in out
+    assert digests(undisturbed) == before
+
+
+def test_the_table_of_what_trains_is_printed(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"trainable": ["new", "norms"], "compute_dtype": "bfloat16", **SHORT}
+    train(config_of(work, tmp_path / "run", **changes))
+    out = capsys.readouterr().out
+    assert "new blocks" in out and "norms of base blocks" in out and "bfloat16  no" in out
+    assert "0 of" in out
+    leaves = {d.parent.name for d in (tmp_path / "run/checkpoints/2/trainable").glob("*/.zarray")}
+    assert "base.0.mlp_norm" in leaves and "final_norm" in leaves and "base.0.q" not in leaves
+
+
+def test_all_trains_everything(work: Path, tmp_path: Path) -> None:
+    run = train(config_of(work, tmp_path / "run", trainable="all", **SHORT))
+    before, after = open_source(str(work / "model")), open_run(run)
+    for tensor in tensors(before.config):
+        assert before.read(tensor).tobytes() != after.read(tensor).tobytes(), tensor.name
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["parameters"]["frozen"] == summary["frozen_bits"] == 0
+    assert not base_is_original(after)
+
+
+def test_all_trains_a_model_that_was_never_expanded(work: Path, tmp_path: Path) -> None:
+    run = train(
+        run_config(work / "base", work / "texts", tmp_path / "run", trainable="all", **SHORT)
+    )
+    assert open_run(run).plan.generation == 0
+
+
+def test_a_run_is_the_model_of_a_second_one(work: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = run_config(undisturbed, work / "texts", tmp_path / "run", training__steps=4)
+    second = train(config)
+    # It begins exactly where the first one ended: its float32 masters, not a cast of them.
+    first = read_metrics(undisturbed)
+    ends = {r["name"]: r["loss"] for r in first if (r["kind"], r["step"]) == ("eval", 8)}
+    begins = {r["name"]: r["loss"] for r in read_metrics(second) if r["step"] == 0}
+    assert begins == ends and len(ends) == 2
+    lineage = open_run(second).lineage
+    assert [entry["verb"] for entry in lineage] == ["expand", "train", "train"]
+    assert [entry.get("steps") for entry in lineage] == [None, 8, 4]
+
+
+def test_a_tracker_that_fails_does_not_stop_training(
+    work: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("llamapro_jax.metrics._TensorBoard", broken)
+    run = train(config_of(work, tmp_path / "run", tracking__tensorboard=True))
+    assert_same_run(run, undisturbed)
+
+
+def test_a_loss_that_is_no_number_stops_before_it_is_saved(work: Path, tmp_path: Path) -> None:
+    changes = {"optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 0, **SHORT}
+    config = config_of(work, tmp_path / "run", **changes)
+    with pytest.raises(UserError, match=r"is (nan|inf) at step \d.*lower optimizer.learning_rate"):
+        train(config)
+    assert committed_steps(tmp_path / "run/checkpoints") == []
+
+
+# ------------------------------------------------------------------- resume
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(
+    work: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = config_of(work, run)
+    save_config(config, tmp_path / "config.yaml")
+    script = f"""
+import os, pathlib, signal, time
+from llamapro_jax.config import load_config
+from llamapro_jax.metrics import MetricsWriter
+from llamapro_jax.training.loop import train
+write = MetricsWriter.write
+def patched(self, kind, step, **values):
+    record = write(self, kind, step, **values)
+    if (kind, step) == ("train", 6):
+        while not pathlib.Path({str(run / "checkpoints/4/commit_success.txt")!r}).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return record
+MetricsWriter.write = patched
+train(load_config({str(tmp_path / "config.yaml")!r}))
+"""
+    root = Path(loop.__file__).parents[2]
+    killed = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert committed_steps(run / "checkpoints") == [4]
+    # The log is ahead of the checkpoint, and has to go back.
+    assert lines(run)[-1]["step"] == 6
+    train(config)
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "at"),
+    [
+        (signal.SIGTERM, 42, ("train", 2)),
+        (signal.SIGINT, 130, ("train", 4)),
+        (signal.SIGTERM, 42, ("eval", 0, "old")),
+        (signal.SIGTERM, 42, ("eval", 4, "old")),
+        (signal.SIGTERM, 42, ("eval", 8, "old")),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
+    work: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
+    at: tuple[Any, ...],
+) -> None:
+    config = config_of(work, tmp_path / "run")
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal_at(monkeypatch, number, *at)
+    with pytest.raises(Stopped, match="Run the same command again to go on") as stopped:
+        train(config)
+    assert stopped.value.status == status
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    step = at[1]
+    assert committed_steps(tmp_path / "run/checkpoints")[-1:] == ([step] if step else [])
+    assert f"step {step}" in str(stopped.value) or "before the first step" in str(stopped.value)
+    assert not (tmp_path / "run/summary.json").exists()
+    train(config)
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_what_alters_no_weight_may_change_on_resume(
+    work: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(monkeypatch, signal.SIGTERM, "train", 2)
+    with pytest.raises(Stopped):
+        train(config_of(work, tmp_path / "run"))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").symlink_to(work / "model")
+    config = run_config(
+        tmp_path / "elsewhere", work / "texts", moved, training__keep=1, training__log_every=8
+    )
+    train(config)
+    assert saved_arrays(moved, 8) == saved_arrays(undisturbed, 8)
+    assert committed_steps(moved / "checkpoints") == [8]
+    assert RunRecord.read(moved).model == str(tmp_path / "elsewhere")
+    assert "log_every: 8" in (moved / "config.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def begun(work: Path) -> Path:
+    """A run that stopped after 2 of 8 steps."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signal_at(monkeypatch, signal.SIGTERM, "train", 2)
+        with pytest.raises(Stopped):
+            train(config_of(work, work / "begun"))
+    return work / "begun"
+
+
+def refused(run: Path, config: Any, message: str) -> None:
+    before = digests(run)
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert digests(run) == before
+
+
+def test_other_settings_are_refused_with_the_difference(work: Path, begun: Path) -> None:
+    config = config_of(work, begun, optimizer__learning_rate=0.02, training__steps=9, seed=3)
+    refused(begun, config, r"(?s)optimizer.learning_rate: 0.01 -> 0.02.*name another output")
+    refused(begun, config, "seed: 0 -> 3")
+    refused(begun, config, "training.steps: 8 -> 9")
+
+
+def test_another_base_is_refused(work: Path, begun: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path, seed=5)
+    config = run_config(other, work / "texts", begun)
+    refused(begun, config, "on another base: .*has digest [0-9a-f]{12}, the run began from")
+
+
+def test_another_plan_is_refused(work: Path, begun: Path, tmp_path: Path) -> None:
+    expand(str(work / "base"), tmp_path / "plan", positions=[0, 1], to="flax", prove=False)
+    config = run_config(tmp_path / "plan", work / "texts", begun)
+    refused(begun, config, r"another plan.*new ones at \[2, 5\].*new ones at \[1, 3\]")
+
+
+def test_other_texts_are_refused(work: Path, begun: Path) -> None:
+    file = work / "texts" / "train.txt"
+    before = file.read_text()
+    file.write_text(before + "one more line\n")
+    try:
+        with pytest.raises(UserError, match="data.sources.words: its text .* changed since"):
+            train(config_of(work, begun))
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_refused_and_the_mend_works(
+    work: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "summary.json").unlink()
+    for file in (run / "checkpoints/8/trainable/new.1.q").glob("0*"):
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"checkpoints/8: .*damaged.*Remove this directory"):
+        train(config_of(work, run))
+    shutil.rmtree(run / "checkpoints/8")
+    train(config_of(work, run))
+    assert_same_run(run, undisturbed)
+
+
+# ------------------------------------------------------------------- bad input
+
+
+def fails(output: Path, config: Any, message: str) -> None:
+    """Refused, and nothing left behind."""
+    around = set(output.parent.iterdir())
+    with pytest.raises(UserError, match=message):
+        train(config)
+    assert set(output.parent.iterdir()) == around
+
+
+def test_bad_input_is_refused_and_leaves_nothing(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model, texts = work / "model", work / "texts"
+    missing = run_config(tmp_path / "none", texts, run)
+    fails(run, missing, "none: no such directory")
+    base = run_config(work / "base", texts, run)
+    fails(run, base, "'new' trains the inserted blocks, and this model has none.*llamapro expand")
+    long = run_config(model, texts, run, data__sequence_length=65)
+    fails(run, long, "data.sequence_length is 65.*at most 64 positions")
+    no_text = run_config(model, tmp_path / "texts", run)
+    fails(run, no_text, "data.sources.words: .*train.txt: no such file")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no text"), (b"caf\xe9", "is not UTF-8.*byte 3")],
+    ids=["empty", "not UTF-8"],
+)
+@pytest.mark.parametrize("name", ["train", "held"])
+def test_bad_text_is_refused_and_leaves_nothing(
+    work: Path, tmp_path: Path, content: bytes, message: str, name: str
+) -> None:
+    texts = tmp_path / "texts"
+    write_texts(texts)[name].write_bytes(content)
+    fails(tmp_path / "run", run_config(work / "model", texts, tmp_path / "run"), message)
+
+
+def test_text_for_a_model_without_a_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(work / "model", model, ignore=shutil.ignore_patterns("*token*"))
+    fails(tmp_path / "run", run_config(model, work / "texts", tmp_path / "run"), "has none")
+
+
+def test_a_directory_that_is_no_run_is_refused(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    fails(tmp_path / "run", config_of(work, tmp_path / "run"), "run: is not empty")
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+# ------------------------------------------------------------------- the command
+
+
+def test_the_command_trains(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_config(config_of(work, tmp_path / "unused"), tmp_path / "config.yaml")
+    values = {"output": str(tmp_path / "run"), "training.steps": 2}
+    assert cli.main(["train", str(tmp_path / "config.yaml"), *overrides(values)]) == 0
+    assert committed_steps(tmp_path / "run/checkpoints") == [2]
+    signal_at(monkeypatch, signal.SIGTERM, "train", 2)
+    values = {"output": str(tmp_path / "second")}
+    assert cli.main(["train", str(tmp_path / "config.yaml"), *overrides(values)]) == 42
+
+
+def test_the_command_names_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = settings(tmp_path / "model", tmp_path / "texts", tmp_path / "run")
+    (tmp_path / "config.yaml").write_text("modle: x\n")
+    assert cli.main(["train", str(tmp_path / "config.yaml"), *overrides(values)]) == 2
+    assert "config.yaml:1" in capsys.readouterr().err
+
+
