@@ -33,6 +33,7 @@ from llamapro_jax.hf.tokenizer import Tokenizer
 from llamapro_jax.model.api import Model, load
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
+from llamapro_jax.model.precision import full_precision
 from llamapro_jax.model.weights import BLOCK_BY_NAME
 from llamapro_jax.sources import open_source
 from llamapro_jax.training import run_directory
@@ -117,16 +118,17 @@ def _states(
         return (leaf.astype(jnp.float32) * strength).astype(leaf.dtype)
 
     new = [{name: scaled(name, leaf) for name, leaf in one.items()} for one in params["new"]]
-    return hidden_states(
-        {**params, "new": new},
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
-        config=config,
-        segments=segments,
-        dtype=dtype,
-        with_new=with_new,
-    )
+    with full_precision(dtype):
+        return hidden_states(
+            {**params, "new": new},
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            config=config,
+            segments=segments,
+            dtype=dtype,
+            with_new=with_new,
+        )
 
 
 @jax.jit
@@ -165,7 +167,7 @@ def _compare(
         kl_N = jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
         return nll_N, kl_N, rank_N.astype(jnp.int32)
 
-    with jax.named_scope("compare"):
+    with jax.named_scope("compare"), full_precision(x_BTD.dtype):
         chunks = jax.lax.map(one, (split(x_BTD), split(base_x_BTD), split(targets_BT)))
     return jax.tree.map(lambda a: a.reshape(-1)[:tokens].reshape(targets_BT.shape), chunks)
 

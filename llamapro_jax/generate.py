@@ -34,6 +34,7 @@ from llamapro_jax.model.llama import (
     rms_norm,
     run_blocks,
 )
+from llamapro_jax.model.precision import full_precision
 from llamapro_jax.model.rope import rope_tables
 from llamapro_jax.sampling import Draw, Sampling, choose
 
@@ -103,14 +104,16 @@ def _run(
 
     base = list(zip(params["base"], cache[0], strict=True))
     new = list(zip(params["new"], cache[1], strict=True))
-    x_BTD = embed(params, tokens_BT, program.dtype)
-    return run_blocks(body, x_BTD, program.segments, base, new, program.with_new)
+    with full_precision(program.dtype):
+        x_BTD = embed(params, tokens_BT, program.dtype)
+        return run_blocks(body, x_BTD, program.segments, base, new, program.with_new)
 
 
 def _scores(program: Program, params: Params, x_BTD: jax.Array) -> jax.Array:
     """The scores [V] of the token after the only one in `x`."""
     x_BTD = rms_norm(x_BTD, params["final_norm"], program.config.rms_norm_eps)
-    return logits(params, x_BTD)[0, 0]
+    with full_precision(program.dtype):
+        return logits(params, x_BTD)[0, 0]
 
 
 @partial(jax.jit, static_argnums=0)

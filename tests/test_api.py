@@ -13,10 +13,11 @@ from checkpoints import write_tiny
 from models import disturbed, english, expand_to, random_model, save, write_with_tokenizer
 
 import llamapro_jax
-from llamapro_jax import UserError
+from llamapro_jax import UserError, evaluate, generate
 from llamapro_jax.expansion import Insertion, spread
 from llamapro_jax.model import api
 from llamapro_jax.model.api import altered_by, load
+from llamapro_jax.sampling import Sampling
 from llamapro_jax.sinks import copy
 from llamapro_jax.sources import open_hf, open_source
 from llamapro_jax.views import Expanded, Strength
@@ -82,6 +83,27 @@ def test_dtype_is_that_of_the_parameters_and_of_the_computation(tmp_path: Path) 
     assert rough.logits(TOKENS).dtype == jnp.float32 and 1e-4 < difference.max() < 1
     with pytest.raises(UserError, match="dtype is 'int8'; it must be one of float32, bfloat16"):
         load(path, dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_products_are_float32_on_every_device(dtype: str, tmp_path: Path) -> None:
+    """What a program asks of the device: by default TPUs and GPUs round float32 factors."""
+    model = load(str(write_tiny(tmp_path / "model")), dtype=dtype)
+    program = generate.Program(model.config, model.plan.segments, model.dtype, True)
+    static = {"config": model.config, "segments": model.plan.segments, "dtype": model.dtype}
+    x_BTD, head_VD = jnp.zeros((1, 4, 32), model.dtype), model.params["embed"]
+    batch = {name: TOKENS for name in ("tokens", "positions", "segment_ids")}
+    draw = Sampling().draw(101)
+    lowered = {
+        "logits": api._logits.lower(model.params, TOKENS, with_new=True, **static),
+        "prefill": generate._prefill.lower(program, model.params, TOKENS[:1], 9, draw),
+        "states": evaluate._states.lower(model.params, batch, 1.0, with_new=True, **static),
+        "compare": evaluate._compare.lower(x_BTD, head_VD, x_BTD, head_VD, TOKENS[:1, :4]),
+    }
+    for name, one in lowered.items():
+        products = [line for line in one.as_text().splitlines() if "dot_general" in line]
+        exact = ["precision = [HIGHEST, HIGHEST]" in line for line in products]
+        assert products and exact == [dtype == "float32"] * len(products), name
 
 
 @pytest.mark.parametrize("insertions", [spread(4, 2), spread(4, 1), spread(4, 4, 2)])

@@ -19,6 +19,7 @@ from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llamapro_jax.model import llama
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.params import load_params
+from llamapro_jax.model.precision import full_precision
 from llamapro_jax.sampling import Sampling
 from llamapro_jax.sources import Source, open_source
 from llamapro_jax.views import Strength, Until
@@ -58,17 +59,18 @@ def _logits(
     with_new: bool,
 ) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    x_BTD = llama.hidden_states(
-        params,
-        tokens_BT,
-        positions_BT,
-        jnp.ones_like(tokens_BT),
-        config=config,
-        segments=segments,
-        dtype=dtype,
-        with_new=with_new,
-    )
-    return llama.logits(params, x_BTD)
+    with full_precision(dtype):
+        x_BTD = llama.hidden_states(
+            params,
+            tokens_BT,
+            positions_BT,
+            jnp.ones_like(tokens_BT),
+            config=config,
+            segments=segments,
+            dtype=dtype,
+            with_new=with_new,
+        )
+        return llama.logits(params, x_BTD)
 
 
 @dataclass(frozen=True, eq=False)
