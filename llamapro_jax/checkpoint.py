@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 
 from llamapro_jax.checksum import checksums
 from llamapro_jax.errors import UserError
+from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.training.state import leaf_path
 
 TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
@@ -204,7 +205,20 @@ def _reading(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damage shows as KeyError, AttributeError, JSONDecodeError, ...
-        raise UserError(_damaged(directory, _first_line(error))) from error
+        reason = _unreadable_leaf(directory) or _first_line(error)
+        raise UserError(_damaged(directory, reason)) from None
+
+
+def _unreadable_leaf(directory: Path) -> str | None:
+    """The first leaf that cannot be read, since Orbax does not say which one it was."""
+    for item in (TRAINABLE, OPTIMIZER):
+        arrays = StackedArrays(directory / item)
+        for leaf in sorted(file.parent.name for file in (directory / item).glob("*/.zarray")):
+            try:
+                arrays.read(leaf)
+            except Exception as error:
+                return f"{item} {leaf}: {_first_line(error)}"
+    return None
 
 
 def _damaged(directory: Path, reason: str) -> str:

@@ -183,8 +183,10 @@ def truncate(file: Path) -> None:
 def test_damage_is_found_and_the_step_named(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 1, 2)
     DAMAGE[damage](tmp_path / "2")
-    with pytest.raises(UserError, match=rf"{tmp_path}/2: .*is damaged.*Remove this directory"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/2: .*is damaged.*Remove this dir") as raised:
         restore(tmp_path, 2)
+    if damage in ("a leaf cut short", "a value"):
+        assert "trainable new.1." in str(raised.value)
     restore(tmp_path, 1)
     shutil.rmtree(tmp_path / "2")  # the mend that the message names
     with Checkpoints(tmp_path, 5) as checkpoints:
