@@ -34,11 +34,12 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what its header says."""
+    """Where a tensor lies and what its header says. offset: in bytes, of a safetensors file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
+    offset: int = 0
 
 
 class Weights(Protocol):
@@ -83,37 +84,47 @@ class SafetensorsReader:
 
     def __init__(self, directory: Path) -> None:
         self.tensors: dict[str, Stored] = {}
-        self._open: dict[Path, Any] = {}
         for file, expected in shard_files(directory, SINGLE, INDEX).items():
             self._add(directory / file, expected)
 
     def _add(self, path: Path, expected: Sequence[str] | None) -> None:
         try:
-            handle = safe_open(path, framework="numpy")
-            self._open[path] = handle
-            names = list(handle.keys())
-            for name in names:
-                view = handle.get_slice(name)
-                if name in self.tensors:
-                    raise UserError(f"{path}: tensor {name} is also in {self.tensors[name].file}.")
-                if view.get_dtype() not in DTYPES:
-                    raise UserError(
-                        f"{path}: tensor {name} has dtype {view.get_dtype()}; "
-                        f"supported: {', '.join(DTYPES)}."
-                    )
-                shape = tuple(view.get_shape())
-                self.tensors[name] = Stored(path, shape, DTYPES[view.get_dtype()])
+            # Opening it checks the header: lengths, offsets, and that the file is as long as that.
+            with safe_open(path, framework="numpy"):
+                header, start = _read_header(path)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); the file is damaged or truncated, "
                 "fetch it again."
             ) from None
+        for name, tensor in header.items():
+            if name in self.tensors:
+                raise UserError(f"{path}: tensor {name} is also in {self.tensors[name].file}.")
+            if tensor["dtype"] not in DTYPES:
+                raise UserError(
+                    f"{path}: tensor {name} has dtype {tensor['dtype']}; "
+                    f"supported: {', '.join(DTYPES)}."
+                )
+            dtype, offset = DTYPES[tensor["dtype"]], start + tensor["data_offsets"][0]
+            self.tensors[name] = Stored(path, tuple(tensor["shape"]), dtype, offset)
         for name in expected or ():
-            if name not in names:
+            if name not in header:
                 raise UserError(f"{path}: has no tensor {name}, though {INDEX} says so.")
 
     def read(self, name: str) -> np.ndarray:
-        return self._open[self.tensors[name].file].get_tensor(name)
+        """The tensor as the file has it, mapped into memory and not writable."""
+        stored = self.tensors[name]
+        mapped = np.memmap(stored.file, stored.dtype, "r", stored.offset, stored.shape)
+        return mapped.view(np.ndarray)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says about its tensors, and where their bytes start."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 class BinReader:
@@ -212,7 +223,8 @@ class SafetensorsWriter:
             }
             offset += tensor.nbytes
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
+        # A start on 64 bytes lets JAX on a CPU take a mapped tensor over without a copy.
+        encoded += b" " * (-(8 + len(encoded)) % 64)
         self._file = open(self.directory / self.file_name(shard), "wb")
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         self._shard = shard
