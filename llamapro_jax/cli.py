@@ -63,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
             epilog="example:\n" + "\n".join("  " + line for line in module.EXAMPLE.splitlines()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        subparser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+        # Its own default would overwrite what stood before the verb.
+        subparser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
         module.add_arguments(subparser)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.expand import written
 from llamapro_jax.files import atomic_write, require_new_directory
 from llamapro_jax.fingerprint import Fingerprint
+from llamapro_jax.hf.config import read_config
+from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
 from llamapro_jax.model.weights import total_parameters
-from llamapro_jax.proof import compare_logits, proof_tokens
+from llamapro_jax.proof import PROOF_TEXT, compare_logits, proof_tokens
 from llamapro_jax.sinks import SHARD_BYTES, copy, lineage_entry
 from llamapro_jax.sources import Source, open_source
 from llamapro_jax.views import Cast, Strength, Until
@@ -69,6 +72,7 @@ def export(
 
     def check(directory: Path, fingerprint: Fingerprint) -> None:
         atomic_write(directory / "README.md", model_card(view, licence))
+        check_transformers(directory)
         again = written(directory, str(destination), "hf")
         tokens_BT, _ = proof_tokens(stored)
         _, different, largest = compare_logits(view, again, tokens_BT)
@@ -88,6 +92,36 @@ def export(
     )
     dtypes = sorted({tensor.dtype for tensor in fingerprint.tensors.values()})
     return Export(total_parameters(view.config), ", ".join(dtypes), differences[0])
+
+
+def check_transformers(directory: Path) -> None:
+    """transformers reads the sizes that we wrote, and its tokenizer gives our ids."""
+    # It says at import that it has no PyTorch, which nobody asked.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoConfig, AutoTokenizer
+
+    _, ours, _ = read_config(directory)
+    theirs = AutoConfig.from_pretrained(directory)
+    for key, value in {
+        "num_hidden_layers": ours.num_blocks,
+        "hidden_size": ours.hidden_size,
+        "vocab_size": ours.vocab_size,
+        "num_key_value_heads": ours.num_kv_heads,
+        "head_dim": ours.head_dim,
+    }.items():
+        if getattr(theirs, key) != value:
+            raise UserError(
+                f"{directory}: transformers reads {key} {getattr(theirs, key)} where {value} was "
+                "written; report this with its version."
+            )
+    if find_tokenizer(directory):
+        expected = load_tokenizer(directory).encode(PROOF_TEXT)
+        found = AutoTokenizer.from_pretrained(directory)(PROOF_TEXT)["input_ids"]
+        if list(found) != expected:
+            raise UserError(
+                f"{directory}: the tokenizer gives other ids in transformers than here; report "
+                "this with the tokenizer files."
+            )
 
 
 def base_model(lineage: tuple[Mapping[str, object], ...]) -> str | None:

@@ -13,7 +13,7 @@ EXAMPLE = "llamapro apply meta-llama/Llama-2-7b-hf exports/delta exports/llama2-
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("base", metavar="BASE", help="the model that the delta was made on")
     parser.add_argument("delta", metavar="DELTA", help="what `llamapro export --delta` wrote")
     parser.add_argument("destination", metavar="OUT", help="new directory")
     parser.add_argument(

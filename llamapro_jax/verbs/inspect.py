@@ -14,7 +14,7 @@ llamapro inspect models/llama2-7b-pro --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="Flax checkpoint, run, directory, hub id")
     parser.add_argument("--json", action="store_true", help="one JSON object, for scripts")
 
 
