@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json
+from llamapro_jax.metrics import read_metrics
 from llamapro_jax.model.weights import Tensor, tensors
 from llamapro_jax.proof import compare_logits
 from llamapro_jax.quickstart.settings import DOMAINS, Places
@@ -27,7 +29,10 @@ HALF, OFF = "LLaMA Pro at strength 0.5", "LLaMA Pro at strength 0"
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table. trainable, seconds: None where nothing more was trained."""
+    """One model of the table. trainable, seconds: None where nothing more was trained.
+
+    seconds: in training steps, without compilation and evaluation.
+    """
 
     model: str
     prose: float
@@ -54,7 +59,7 @@ def perplexities(evaluation: Mapping[str, Any], strength: float | None) -> dict[
     found = {
         result["text"]: result["perplexity"]
         for result in evaluation["results"]
-        if result["strength"] == strength and result["model"] != "base"
+        if result["strength"] == strength and result["model"] != BASE
     }
     if set(found) != set(DOMAINS) or None in found.values():
         raise UserError(f"{evaluation['model']}: its evaluation has no finite perplexities.")
@@ -69,7 +74,7 @@ def table(places: Places) -> list[Row]:
     base_figures = {
         result["text"]: result["perplexity"]
         for result in evaluations["full"]["results"]
-        if result["model"] == "base"
+        if result["model"] == BASE
     }
 
     def row(model: str, run: str, strength: float | None, trained: bool = True) -> Row:
@@ -79,7 +84,7 @@ def table(places: Places) -> list[Row]:
             model,
             *(figures[domain] for domain in DOMAINS),
             summary["parameters"]["trainable"] if trained else None,
-            round(summary["seconds"], 1) if trained else None,
+            round(step_seconds(places.run(run)), 1) if trained else None,
         )
 
     return [
@@ -90,6 +95,19 @@ def table(places: Places) -> list[Row]:
         row(HALF, "pro", 0.5, trained=False),
         row(OFF, "pro", 0.0, trained=False),
     ]
+
+
+def step_seconds(run: Path) -> float:
+    """Seconds spent in the steps of a run, from the rates in its log.
+
+    What one run compiles another finds compiled, so that the whole time would not compare.
+    """
+    records = [record for record in read_metrics(run) if record["kind"] == "train"]
+    before = [0, *(record["tokens"] for record in records)]
+    return sum(
+        (record["tokens"] - done) / record["tokens_per_second"]
+        for record, done in zip(records, before, strict=False)
+    )
 
 
 def changes(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
@@ -106,9 +124,10 @@ def sentence(rows: Sequence[Row]) -> str:
         prose, code = change[model]
         return f"code {percent(code)} and prose {percent(prose)}"
 
-    learned = _compared(change[PRO][1], change[FULL][1], "learned more", "learned less")
-    forgot = _compared(change[PRO][0], change[FULL][0], "forgot less", "forgot more")
-    joint = "and" if learned.endswith("more") == forgot.endswith("less") else "but"
+    more, less = _order(change[PRO][1], change[FULL][1]), _order(change[PRO][0], change[FULL][0])
+    learned = {1: "learned more", 0: "learned as much", -1: "learned less"}[more]
+    forgot = {1: "forgot less", 0: "forgot as much", -1: "forgot more"}[less]
+    joint = "but" if more * less < 0 else "and"
     replay, half = change[REPLAY], change[HALF]
     kept = [
         f"replay took prose to {percent(replay[0])} (code {percent(replay[1])})",
@@ -121,11 +140,12 @@ def sentence(rows: Sequence[Row]) -> str:
     )
 
 
-def _compared(ours: float, theirs: float, lower: str, higher: str) -> str:
-    """Perplexities within half a percent of the base's are called the same."""
-    if abs(ours - theirs) < 0.005:
-        return lower.split()[0] + " as much"
-    return lower if ours < theirs else higher
+def _order(ours: float, theirs: float) -> int:
+    """1 when our change is the better (lower) one, -1 when theirs is, 0 when they are the same.
+
+    Changes of perplexity within half a percent of the base's are called the same.
+    """
+    return 0 if abs(ours - theirs) < 0.005 else 1 if ours < theirs else -1
 
 
 def percent(change: float) -> str:
@@ -169,7 +189,7 @@ def off_is_base(places: Places, tokens_BT: np.ndarray) -> Check:
 
 
 def frozen_bits(places: Places) -> Check:
-    """Frozen weights while training, and the export beside the checkpoint that it all began from."""
+    """Frozen weights while training, and the export beside the checkpoint it all began from."""
     summaries = [read_json(places.run(name) / SUMMARY_FILE) for name in ("pro", "replay")]
     changed = sum(summary["frozen_bits_changed"] for summary in summaries)
     frozen = sum(summary["frozen_bits"] for summary in summaries)

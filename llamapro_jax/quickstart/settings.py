@@ -93,7 +93,7 @@ FULL = Settings(
     batch=8,
     base_steps=400,
     steps=150,
-    learning_rates=(3e-3, 5e-3, 5e-3, 1e-3),
+    learning_rates=(3e-3, 5e-3, 5e-3, 3e-4),
     held_out=0.04,
     evaluated=160,
 )
