@@ -166,12 +166,12 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
 WRONG: dict[str, tuple[Any, str]] = {
     "truncated": (truncate, "model.safetensors: cannot be read .*truncated"),
     "missing": (lambda s: (s / "model.safetensors").unlink(), "has neither model.safetensors"),
-    "renamed": (lambda s: with_tensors(s, rename), r"no tensor model\.layers\.1\.self_attn\.q_proj"),
+    "renamed": (lambda s: with_tensors(s, rename), r"no tensor \S+\.1\.self_attn\.q_proj"),
     "shape": (lambda s: with_tensors(s, transpose), r"up_proj.weight has shape \[32, 48\]"),
-    "mixed": (lambda s: with_tensors(s, widen), r"layers\.3\.mlp\.up_proj.weight has dtype float16"),
+    "mixed": (lambda s: with_tensors(s, widen), r"\.3\.mlp\.up_proj.weight has dtype float16"),
     "dtype": (lambda s: with_tensors(s, integers), "model.norm.weight has dtype I32; supported"),
     "lost": (lambda s: with_tensors(s, drop), r"has no tensor model\.layers\.2\.mlp\.down_proj"),
-    "too many": (lambda s: edit(s, num_hidden_layers=3), r"layers\.3\.\S+ is not one of .*3 layers"),
+    "too many": (lambda s: edit(s, num_hidden_layers=3), r"\.3\.\S+ is not one of .*3 layers"),
     "too few": (lambda s: edit(s, num_hidden_layers=5), r"no tensor model\.layers\.4\."),
     "tied": (
         lambda s: (with_tensors(s, another_head), edit(s, tie_word_embeddings=True)),

@@ -7,7 +7,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-
 from checkpoints import read_torch
 from runs import run_config, write_model, write_texts
 
