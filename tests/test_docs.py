@@ -108,12 +108,12 @@ def test_the_five_steps_of_the_readme(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "cache" / "models--meta-llama--Llama-2-7b-hf"
     snapshot = write_tiny(
-        repository / "snapshots" / "0", num_hidden_layers=32, vocab_size=300, hidden_size=16
+        repository / "snapshots" / "0", num_hidden_layers=32, vocab_size=400, hidden_size=16
     )
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0")
     text = (ROOT / "README.md").read_text()
-    train_tokenizer([text], 300, snapshot)
+    train_tokenizer([text], 400, snapshot)
     (tmp_path / "data").mkdir()
     for number, name in enumerate(("prose", "code", "lambada", "more")):
         (tmp_path / "data" / f"{name}.txt").write_text(f"{number} {text}")
