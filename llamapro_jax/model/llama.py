@@ -135,14 +135,6 @@ def apply_block(
     return Block(config).apply({"params": leaves}, x_BTD, context, cache)
 
 
-def _over(body: Callable[..., Any], x: jax.Array, leaves: Any, length: int) -> tuple[Any, Any]:
-    """Scans `body` over the leading axis. One row alone is reshaped, which copies nothing."""
-    if length > 1:
-        return jax.lax.scan(body, x, leaves)
-    x, out = body(x, jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), leaves))
-    return x, jax.tree.map(lambda leaf: leaf[None], out)
-
-
 def run_blocks(
     body: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     x_BTD: jax.Array,
@@ -157,18 +149,20 @@ def run_blocks(
     beside `x` comes back in the same two structures. with_new=False leaves the inserted blocks
     out: what runs is the model as it was before they were inserted.
     """
+    # A scan even over a single block: jax keeps a weight for the backward pass as the scan's own
+    # input, but a weight that was sliced or reshaped by hand it would stack up as a copy.
     base_out, new_out = [], []
     for segment, base_leaves, new_leaves in zip(segments, base, new, strict=True):
 
         def group(x: jax.Array, leaves: Any, segment: Segment = segment) -> Any:
             of_base, of_new = None, None
             if segment.new and with_new:
-                x, of_new = _over(body, x, leaves[1], segment.new)
+                x, of_new = jax.lax.scan(body, x, leaves[1])
             if segment.base:
-                x, of_base = _over(body, x, leaves[0], segment.base)
+                x, of_base = jax.lax.scan(body, x, leaves[0])
             return x, (of_base, of_new)
 
-        x_BTD, (of_base, of_new) = _over(group, x_BTD, (base_leaves, new_leaves), segment.repeats)
+        x_BTD, (of_base, of_new) = jax.lax.scan(group, x_BTD, (base_leaves, new_leaves))
         base_out.append(of_base)
         new_out.append(of_new)
     return x_BTD, (base_out, new_out)

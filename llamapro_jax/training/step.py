@@ -68,10 +68,10 @@ def count_targets(batch: Batch) -> jax.Array:
     return jnp.sum(weights_BT > 0, dtype=jnp.int32)
 
 
-def summed_gradients(
+def loss_and_gradients(
     loss: Callable[[Params, Batch], jax.Array], trainable: Params, batch: Batch, microbatches: int
 ) -> tuple[jax.Array, Params]:
-    """The summed loss of the batch and its float32 gradient, `microbatches` parts in turn."""
+    """The sum of `loss` over `microbatches` parts of the batch, in turn, and its gradient."""
     gradient = jax.value_and_grad(loss)
     if microbatches == 1:
         return gradient(trainable, batch)
@@ -121,8 +121,13 @@ def build_train_step(
     schedule = build_schedule(run.optimizer, run.training.steps)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = count_targets(batch)
+        # Each part is divided by the count of the whole batch, so that parts with few targets do
+        # not weigh more. A batch of padding alone has loss 0.
+        scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+
         def loss(trainable: Params, part: Batch) -> jax.Array:
-            return summed_loss(
+            nll = summed_loss(
                 merge(trainable, frozen),
                 part,
                 config=config,
@@ -131,14 +136,13 @@ def build_train_step(
                 loss_chunk=run.training.loss_chunk,
                 remat=run.training.remat,
             )
+            return nll * scale
 
-        nll, sums = summed_gradients(loss, state.trainable, batch, run.training.microbatches)
-        tokens = count_targets(batch)
-        # A batch of padding alone has no loss rather than none that is a number.
-        scale = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-        gradients = jax.tree.map(lambda gradient: gradient * scale, sums)
+        mean, gradients = loss_and_gradients(
+            loss, state.trainable, batch, run.training.microbatches
+        )
         metrics = {
-            "loss": nll * scale,
+            "loss": mean,
             "tokens": tokens,
             "grad_norm": optax.global_norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
