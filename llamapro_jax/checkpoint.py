@@ -177,9 +177,7 @@ def _save_args(tree: Any) -> Any:
         if leaf.ndim < 3 or leaf.nbytes <= _SMALLEST_CHUNK:
             return ocp.SaveArgs()
         block_bytes = math.prod(leaf.shape[2:]) * leaf.dtype.itemsize
-        return ocp.SaveArgs(
-            chunk_byte_size=max(block_bytes, _SMALLEST_CHUNK), shard_axes=(0, 1)
-        )
+        return ocp.SaveArgs(chunk_byte_size=max(block_bytes, _SMALLEST_CHUNK), shard_axes=(0, 1))
 
     return jax.tree.map(one, tree)
 

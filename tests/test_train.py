@@ -220,6 +220,7 @@ def test_all_trains_everything(work: Path, tmp_path: Path) -> None:
     assert not base_is_original(after)
 
 
+@pytest.mark.slow
 def test_all_trains_a_model_that_was_never_expanded(work: Path, tmp_path: Path) -> None:
     run = train(
         run_config(work / "base", work / "texts", tmp_path / "run", trainable="all", **SHORT)

@@ -54,9 +54,7 @@ def held_out_loss(
     return _figures(totals["nll"], int(totals["tokens"]), rows.fingerprint)
 
 
-def _figures(
-    nll: float, tokens: int, fingerprint: Mapping[str, Any] | None
-) -> dict[str, float]:
+def _figures(nll: float, tokens: int, fingerprint: Mapping[str, Any] | None) -> dict[str, float]:
     loss = nll / tokens if tokens else math.nan
     figures: dict[str, float] = {
         "loss": loss,

@@ -28,6 +28,7 @@ from llamapro_jax.flops import step_flops
 from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
 from llamapro_jax.model.llama import Params
 from llamapro_jax.model.params import load_params
+from llamapro_jax.model.precision import full_precision
 from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.training.evaluation import held_out_loss
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
@@ -102,6 +103,7 @@ def _run(setup: Setup, stop: StopSignals) -> None:
             config=asdict(config),
         ) as metrics,
         ProgressDisplay(config.training.steps, setup.resume_step or 0) as display,
+        full_precision(jnp.dtype(dtype)),
     ):
         seconds = 0.0
         if setup.resume_step is not None:
