@@ -134,6 +134,8 @@ def _open_zarr(path: Path) -> Any:
         "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
         # Mapped, so that what is copied out of a file is not copied into a buffer before.
         "context": {"file_io_mode": {"mode": "memmap"}},
+        # A file that is not there is a loss, not zeros.
+        "fill_missing_data_reads": False,
     }
     try:
         return tensorstore.open(spec, open=True, read=True).result()

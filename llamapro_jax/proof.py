@@ -24,6 +24,7 @@ from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
 from llamapro_jax.model.attention import attention_mask
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Context, apply_block, rms_norm
+from llamapro_jax.model.precision import full_precision
 from llamapro_jax.model.rope import rope_tables
 from llamapro_jax.model.weights import (
     OUTER_BY_NAME,
@@ -152,6 +153,11 @@ def compare_logits(
 
     Both models are run a block at a time by one compiled block function.
     """
+    with full_precision(jnp.float32):
+        return _compare(first, second, tokens_BT)
+
+
+def _compare(first: Source, second: Source, tokens_BT: np.ndarray) -> tuple[int, int, float]:
     x, y = final_states(first, tokens_BT), final_states(second, tokens_BT)
     count = different = 0
     largest = 0.0

@@ -207,10 +207,28 @@ def open_flax(path: str) -> FlaxSource:
     return FlaxSource(path, directory, hf_config, config, plan, lineage, arrays)
 
 
+def altered_by(source: Source, generation: int) -> Mapping[str, Any] | None:
+    """The first training that changed what the model was after `generation`, if there was one.
+
+    source: the whole model. generation -1: what it was before any training at all. Returns the
+    entry of the lineage; its "source" is the model before that training.
+    """
+    # Several expansions may stand before the first entry that the lineage still has.
+    expansions = sum(entry["verb"] == "expand" for entry in source.lineage)
+    current = source.plan.generation - expansions
+    for entry in source.lineage:
+        if entry["verb"] == "expand":
+            current += 1
+        elif entry["verb"] == "train" and current > generation:
+            # At generation 0 there are no new blocks: whatever trained was the model itself.
+            if list(entry["trainable"]) != ["new"]:
+                return entry
+    return None
+
+
 def base_is_original(source: Source) -> bool:
-    """Whether every training in the model's lineage trained new blocks alone."""
-    trained = [entry for entry in source.lineage if entry["verb"] == "train"]
-    return all(list(entry["trainable"]) == ["new"] for entry in trained)
+    """Whether the model without its last generation of blocks is what it was before they came."""
+    return altered_by(source, source.plan.generation - 1) is None
 
 
 def open_source(path: str, *, allow_bin: bool = False, masters: bool = False) -> Source:

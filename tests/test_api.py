@@ -16,10 +16,10 @@ import llamapro_jax
 from llamapro_jax import UserError, evaluate, generate
 from llamapro_jax.expansion import Insertion, spread
 from llamapro_jax.model import api
-from llamapro_jax.model.api import altered_by, load
+from llamapro_jax.model.api import load
 from llamapro_jax.sampling import Sampling
 from llamapro_jax.sinks import copy
-from llamapro_jax.sources import open_hf, open_source
+from llamapro_jax.sources import altered_by, open_hf, open_source
 from llamapro_jax.views import Expanded, Strength
 
 TOKENS = np.random.default_rng(3).integers(0, 101, (2, 9), dtype=np.int32)

@@ -334,6 +334,16 @@ def test_a_flax_checkpoint_that_lost_a_row_is_refused(tmp_path: Path) -> None:
         open_flax(str(tmp_path / "flax"))
 
 
+def test_a_lost_chunk_is_not_read_as_zeros(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "hf")
+    convert(str(source), tmp_path / "flax")
+    chunk = next((tmp_path / "flax" / "params" / "base.up").glob("2.*"))
+    chunk.unlink()
+    with pytest.raises(UserError, match="base.up: cannot be read.*damaged"):
+        export(str(tmp_path / "flax"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_changed_fingerprint_file_is_refused(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "hf")
     convert(str(source), tmp_path / "flax")

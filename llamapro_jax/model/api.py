@@ -21,31 +21,12 @@ from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.params import load_params
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.sampling import Sampling
-from llamapro_jax.sources import Source, open_source
+from llamapro_jax.sources import Source, altered_by, open_source
 from llamapro_jax.views import Strength, Until
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
-
-
-def altered_by(source: Source, generation: int) -> Mapping[str, Any] | None:
-    """The first training that changed what the model was after `generation`, if there was one.
-
-    source: the whole model. generation -1: what it was before any training at all. Returns the
-    entry of the lineage; its "source" is the model before that training.
-    """
-    # Several expansions may stand before the first entry that the lineage still has.
-    expansions = sum(entry["verb"] == "expand" for entry in source.lineage)
-    current = source.plan.generation - expansions
-    for entry in source.lineage:
-        if entry["verb"] == "expand":
-            current += 1
-        elif entry["verb"] == "train" and current > generation:
-            # At generation 0 there are no new blocks: whatever trained was the model itself.
-            if list(entry["trainable"]) != ["new"]:
-                return entry
-    return None
 
 
 @partial(jax.jit, static_argnames=("config", "segments", "dtype", "with_new"))

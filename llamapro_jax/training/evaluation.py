@@ -62,7 +62,8 @@ def _figures(nll: float, tokens: int, fingerprint: Mapping[str, Any] | None) -> 
         "tokens": tokens,
     }
     if fingerprint is not None and fingerprint["bytes"]:
-        # Of a part of the text, its share of the bytes is taken to be that of the tokens.
-        tokens_a_byte = fingerprint["targets"] / fingerprint["bytes"]
+        # The loss stands also for the tokens that the cuts between rows leave unpredicted, and
+        # that of a part of the text for the whole. The first token of a document is given.
+        tokens_a_byte = (fingerprint["tokens"] - fingerprint["documents"]) / fingerprint["bytes"]
         figures["bits_per_byte"] = loss / math.log(2) * tokens_a_byte
     return figures
