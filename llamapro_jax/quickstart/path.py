@@ -24,6 +24,7 @@ from llamapro_jax.training.run_directory import SUMMARY_FILE
 STEPS = 15
 PROMPT = "def "
 GENERATED = 48
+SAMPLING = ("--temperature", "0.7", "--top-k", "20")
 # Rows of held-out text whose logits are compared bit by bit.
 COMPARED = 4
 
@@ -186,7 +187,7 @@ def hand_back(walk: Walk, places: Places) -> None:
     walk.verb(
         "generate",
         "Generate from it (a toy: do not expect sense)",
-        ["generate", str(exported), PROMPT, "--max-tokens", str(GENERATED)],
+        ["generate", str(exported), PROMPT, "--max-tokens", str(GENERATED), *SAMPLING],
         [],
         lambda: walk.last_lines[:6],
     )

@@ -43,4 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from llamapro_jax.quickstart.settings import FULL, TINY
 
     settings = replace(TINY if args.tiny else FULL, seed=args.seed)
-    return 0 if quickstart(Path(args.out), settings) else 1
+    try:
+        return 0 if quickstart(Path(args.out), settings) else 1
+    except KeyboardInterrupt:
+        print("\nWhat is done is kept; the same command again goes on from here.")
+        raise
