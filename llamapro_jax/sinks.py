@@ -15,7 +15,6 @@ import numpy as np
 
 from llamapro_jax import __version__, flax_checkpoint
 from llamapro_jax.data.prefetch import Prefetcher
-from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_directory, write_json
 from llamapro_jax.fingerprint import Fingerprint, TensorPrint, tensor_print
 from llamapro_jax.hf.config import render
@@ -145,9 +144,3 @@ def read_ahead(
         for tensor in track(everything, "tensors", console=console, disable=hidden):
             array = next(arrays)
             yield tensor, array, pool.submit(tensor_print, array)
-
-
-def check_format(value: str) -> Format:
-    if value not in ("flax", "hf"):
-        raise UserError(f"--to is {value!r}; it must be 'flax' or 'hf'.")
-    return value  # type: ignore[return-value]

@@ -195,4 +195,4 @@ def test_strip_code_of_nothing_but_a_docstring_is_empty():
 def test_a_python_without_sources_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(UserError, match="holds no Python sources"):
-        corpus.code_documents()
+        corpus.write_corpus(tmp_path)

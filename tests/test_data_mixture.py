@@ -132,12 +132,6 @@ def test_shapes_and_dtypes() -> None:
     }
 
 
-def test_epochs_read_so_far() -> None:
-    mixture = two_sources(batch_size=10)
-    assert mixture.epochs(0) == {"code": 0, "prose": 0}
-    assert mixture.epochs(14) == {"code": 126 / 50, "prose": 2}
-
-
 @pytest.mark.parametrize("weight", [0, -1.0, math.nan, math.inf])
 def test_a_weight_must_be_positive(weight: float) -> None:
     with pytest.raises(UserError, match=f"'a': weight is {weight}; it must be positive"):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from llamapro_jax.data.packing import pack
 from llamapro_jax.data.rows import (
     complete_row,
-    iter_batches,
     positions_of,
     stack_rows,
     targets_and_weights,
@@ -54,18 +53,6 @@ def test_targets_stay_in_the_segment_and_obey_the_mask(on_device: bool) -> None:
     assert targets_BT.dtype == np.int32 and weights_BT.dtype == np.float32
     assert np.asarray(targets_BT).tolist() == [[2, 3, 4, 5, 6, 0], [8, 9, 0, 0, 0, 0]]
     assert np.asarray(weights_BT).tolist() == [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
-
-
-@given(st.integers(1, 12), st.integers(1, 5))
-def test_iter_batches_covers_each_row_once_and_pads_the_last(count: int, size: int) -> None:
-    batches = list(iter_batches(ArrayRows(count), size))
-    assert all(batch["tokens"].shape == (size, 4) for batch in batches)
-    real = np.concatenate([batch["segment_ids"].any(axis=1) for batch in batches])
-    tokens = np.concatenate([batch["tokens"][:, 0] for batch in batches])
-    assert tokens[real].tolist() == list(range(count))
-    assert real[:count].all() and not real[count:].any()
-    padding = batches[-1]
-    assert targets_and_weights(padding)[1][padding["segment_ids"] == 0].sum() == 0
 
 
 def test_stack_rows_leaves_the_rows_as_they_are() -> None:

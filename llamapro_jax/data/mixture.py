@@ -53,14 +53,6 @@ class Mixture:
         batch["source"] = np.array([source for source, _ in places], np.int32)
         return batch
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """How many times each source has been read before `step`, by name."""
-        counts = counts_before(step * self.batch_size, self._shares)
-        return {
-            name: count / len(rows)
-            for name, rows, count in zip(self.names, self._rows, counts, strict=True)
-        }
-
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
     """The smallest whole numbers in exactly the ratio of the weights as they print in decimal."""

@@ -12,7 +12,7 @@ A batch is the same four arrays with a leading axis B. Shapes: B batch, T sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,16 +79,6 @@ def stack_rows(rows: Sequence[Row], batch_size: int) -> Row:
         for name, array_BT in batch.items():
             array_BT[b] = row[name]
     return batch
-
-
-def iter_batches(rows: RowSource, batch_size: int) -> Iterator[Row]:
-    """Every row exactly once, in stored order, in batches [B, T]; the last is filled with padding.
-
-    For evaluation: padding has segment 0 and hence weight 0.
-    """
-    for start in range(0, len(rows), batch_size):
-        stop = min(start + batch_size, len(rows))
-        yield stack_rows([rows[i] for i in range(start, stop)], batch_size)
 
 
 def targets_and_weights(batch: Mapping[str, Any]) -> tuple[Any, Any]:

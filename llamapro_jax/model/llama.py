@@ -21,7 +21,7 @@ from llamapro_jax.expansion import Segment
 from llamapro_jax.model.attention import attention_mask, reference_attention
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.rope import apply_rope, rope_tables
-from llamapro_jax.model.weights import BLOCK_BY_NAME, block_weights
+from llamapro_jax.model.weights import BLOCK_BY_NAME
 
 Params = dict[str, Any]
 Remat = Literal["none", "full"]
@@ -217,8 +217,3 @@ def logits(params: Params, x_BTD: jax.Array) -> jax.Array:
     with jax.named_scope("head"):
         head_VD = head_weight(params).astype(x_BTD.dtype)
         return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
-
-
-def leaf_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of the leaves of one block."""
-    return tuple(weight.name for weight in block_weights(config))

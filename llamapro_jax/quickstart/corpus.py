@@ -69,20 +69,6 @@ class Source:
     tree: ast.Module
 
 
-def prose_documents() -> list[Document]:
-    """The help topics of Python and the docstrings of each library file, in order of name.
-
-    No paragraph occurs twice in the result: topics contain one another (`compound` holds all of
-    `if`), and a text in training and in the held-out part at once would make the measure wrong.
-    """
-    return _finish_prose(_docstring_document(source) for source in _library())
-
-
-def code_documents() -> list[Document]:
-    """The library's source files without docstrings and comments, in order of name."""
-    return _finish(_code_document(source) for source in _library())
-
-
 def split(
     documents: Iterable[Document], held_out_share: float, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
