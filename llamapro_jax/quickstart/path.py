@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ def quickstart(out: Path, settings: Settings) -> bool:
     Raises UserError when `out` holds something else, or a quickstart of other settings.
     """
     began = time.monotonic()
-    walk = Walk(out, settings.identity(), STEPS)
+    # The configurations name paths as they were given: a directory that moved is not gone on with.
+    place = {"out": os.fspath(out), "working directory": os.getcwd()}
+    walk = Walk(out, {**settings.identity(), **place}, STEPS)
     places = Places(out)
     with shared_programs(out / "programs"):
         make_base(walk, places, settings)

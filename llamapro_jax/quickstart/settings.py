@@ -51,10 +51,7 @@ class Settings:
     seed: int = 0
 
     def identity(self) -> dict[str, Any]:
-        """What a directory was made with, as JSON: steps are kept only where this is the same.
-
-        The text is that of this Python's library.
-        """
+        """What decides the numbers, as JSON. The text is that of this Python's library."""
         values = dataclasses.asdict(self)
         values["learning_rates"] = list(self.learning_rates)
         return {**values, "python": platform.python_version(), "llamapro_jax": __version__}

@@ -165,6 +165,18 @@ def test_the_same_seed_gives_the_same_numbers(
     assert numbers(tmp_path / "out") == numbers(first[0])
 
 
+@pytest.mark.slow
+def test_a_directory_that_moved_is_not_gone_on_with(
+    first: tuple[Path, int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its configurations name the old place, and would train there."""
+    (tmp_path / "moved").mkdir()
+    shutil.copy(first[0] / "quickstart.json", tmp_path / "moved")
+    status, _ = run(tmp_path / "moved")
+    assert status == 2
+    assert f"out: {first[0]} -> {tmp_path / 'moved'}" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------- its parts
 
 
