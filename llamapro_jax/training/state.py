@@ -58,9 +58,12 @@ def trains(spec: Spec, stack: str, weight: Weight) -> bool:
     return stack == "outer" and weight.name in spec
 
 
-def _map(params: Params, leaf: Callable[[str, Weight, Any], Any], keep: Any = None) -> Params:
+def map_leaves(
+    params: Params,
+    leaf: Callable[[str, Weight, Any], Any],
+    keep: Callable[[str, Weight], bool] = lambda stack, weight: True,
+) -> Params:
     """`leaf(stack, row, array)` of each array that `keep(stack, row)` says, same structure."""
-    keep = keep or (lambda stack, weight: True)
 
     def mapped(stack: str, leaves: dict[str, Any], rows: dict[str, Weight]) -> dict[str, Any]:
         return {
@@ -81,8 +84,8 @@ def partition(params: Params, spec: Spec) -> tuple[Params, Params]:
 
     The arrays are not copied: a donated train step uses up those of `params` that train.
     """
-    trainable = _map(params, lambda *row: row[2], lambda *row: trains(spec, *row))
-    frozen = _map(params, lambda *row: row[2], lambda *row: not trains(spec, *row))
+    trainable = map_leaves(params, lambda *row: row[2], lambda *row: trains(spec, *row))
+    frozen = map_leaves(params, lambda *row: row[2], lambda *row: not trains(spec, *row))
     return trainable, frozen
 
 
@@ -97,7 +100,11 @@ def merge(trainable: Params, frozen: Params) -> Params:
 
 def labels(params: Params, spec: Spec) -> Any:
     """ "train" or "freeze" for each leaf, for `optimizer.build_optimizer`."""
-    return _map(params, lambda stack, row, _: "train" if trains(spec, stack, row) else "freeze")
+
+    def label(stack: str, weight: Weight, _: Any) -> str:
+        return "train" if trains(spec, stack, weight) else "freeze"
+
+    return map_leaves(params, label)
 
 
 def dtype_of(spec: Spec, compute_dtype: Any) -> DtypeOf:

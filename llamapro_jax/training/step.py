@@ -87,6 +87,11 @@ def loss_and_gradients(
     return jax.lax.scan(one, (jnp.zeros((), jnp.float32), zeros), parts)[0]
 
 
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together, a float32 scalar."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, gradients: Params
 ) -> TrainState:
@@ -144,7 +149,7 @@ def build_train_step(
         metrics = {
             "loss": mean,
             "tokens": tokens,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": global_norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return apply_gradients(optimizer, state, frozen, gradients), metrics
