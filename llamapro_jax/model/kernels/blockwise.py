@@ -1,0 +1,228 @@
+"""Attention in plain JAX, block by block: for CPUs, and wherever no kernel fits.
+
+FlashAttention's recurrence (arXiv 2205.14135) with a backward pass of its own: scores exist for one
+block of queries and one of keys at a time, never as [B, H, T, T]. Blocks that no query of a block
+sees (later ones, other documents, outside of the window) are never computed; blocks that all of
+them see whole need no mask.
+
+Two things make it fast on a CPU. Scores are kept transposed, [keys, queries], so that the maximum
+and the sum run over the major axis, where they vectorise. And every product is of the form A @ B or
+A @ B^T with the sum over the last axis of A: XLA's other forms run at a third of the rate, so the
+operands are transposed once, by block, rather than the scores in each product.
+
+N is the key/value heads of a row, R the queries of a block times the G query heads that share a
+key/value head, S the keys of a block, and C the head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from llamapro_jax.model.kernels import (
+    RESIDUALS,
+    pad_length,
+    pad_visible,
+    round_up,
+    visible_keys,
+    walk,
+)
+
+# Finite, so that a query which has seen nothing yet gives no NaN: its sums are scaled by 0 later.
+UNSEEN = -1e30
+# Queries times heads, and keys, of a block: scores that stay in the cache of a core.
+BLOCK = 256
+SMALLEST_BLOCK = 16
+
+
+class Inputs(NamedTuple):
+    """Padded operands, and the intervals that `visible_keys` gave."""
+
+    q: jax.Array  # [B, T, H, C]
+    k: jax.Array  # [B, T, K, C]
+    v: jax.Array  # [B, T, K, C]
+    first_BT: jax.Array
+    last_BT: jax.Array
+
+
+def attention(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    *,
+    segment_ids_BT: jax.Array | None,
+    sliding_window: int | None,
+    block: int | None = None,
+) -> jax.Array:
+    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.attention.attention`.
+
+    block: queries and keys of a block, other than what suits the length.
+    """
+    B, T = q_BTHC.shape[:2]
+    block = block or block_for(T)
+    length = round_up(T, block)
+    visible = visible_keys(segment_ids_BT, (B, T), sliding_window)
+    operands = (pad_length(x, length) for x in (q_BTHC, k_BTKC, v_BTKC))
+    inputs = Inputs(*operands, *(pad_visible(x_BT, length) for x_BT in visible))
+    return _attention(inputs, block)[:, :T]
+
+
+def block_for(length: int) -> int:
+    """The size of a block: rows are cut evenly, so that little is padded."""
+    blocks = -(-length // BLOCK)
+    return round_up(-(-length // blocks), SMALLEST_BLOCK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attention(inputs: Inputs, block: int) -> jax.Array:
+    return _forward(inputs, block)[0]
+
+
+def _attention_fwd(inputs: Inputs, block: int) -> tuple[jax.Array, tuple[Any, ...]]:
+    out, lse = _forward(inputs, block)
+    out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
+    return out, (inputs, out, lse)
+
+
+def _attention_bwd(block: int, residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Inputs]:
+    inputs, out, lse = residuals
+    delta_BTH = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+    rows = (inputs, dout, lse, delta_BTH)
+    dq, dk, dv = lax.map(lambda row: _backward_row(*row, block), rows)
+    return (Inputs(dq, dk, dv, None, None),)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _by_query(x_THC: jax.Array, kv_heads: int, block: int) -> jax.Array:
+    """Blocks of queries, [blocks, N, R, ...], of [T, H, ...]."""
+    T, H, *rest = x_THC.shape
+    split = x_THC.reshape(T // block, block, kv_heads, H // kv_heads, *rest)
+    split = jnp.moveaxis(split, 1, 3)
+    return split.reshape(T // block, kv_heads, H // kv_heads * block, *rest)
+
+
+def _from_query(x: jax.Array, block: int) -> jax.Array:
+    """The inverse of `_by_query`: [T, H, ...]."""
+    blocks, N, R, *rest = x.shape
+    split = jnp.moveaxis(x.reshape(blocks, N, R // block, block, *rest), 3, 1)
+    return split.reshape(blocks * block, N * (R // block), *rest)
+
+
+def _by_key(x_TKC: jax.Array, block: int) -> jax.Array:
+    """Blocks of keys or values, [blocks, N, S, C]."""
+    T, K, C = x_TKC.shape
+    return x_TKC.reshape(T // block, block, K, C).swapaxes(1, 2)
+
+
+def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """A @ B of every head, or A @ B^T, summed in float32."""
+    contract = ((2,), (2 if transposed else 1,))
+    return lax.dot_general(a, b, (contract, ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _seen(i: jax.Array, j: jax.Array, first_T: jax.Array, block: int, group: int) -> jax.Array:
+    """Which query of block `i` sees which key of block `j`, [S, R]."""
+    rows = i * block + jnp.arange(block, dtype=jnp.int32)
+    cols = j * block + jnp.arange(block, dtype=jnp.int32)[:, None]
+    first = lax.dynamic_slice_in_dim(first_T, i * block, block)
+    seen = (cols <= rows) & (cols >= first)
+    return jnp.tile(seen, (1, group))
+
+
+def _forward(inputs: Inputs, block: int) -> tuple[jax.Array, jax.Array]:
+    """The output, and the log-sum-exp of the scores [B, T, H]."""
+    return lax.map(lambda row: _forward_row(row, block), inputs)
+
+
+def _forward_row(row: Inputs, block: int) -> tuple[jax.Array, jax.Array]:
+    T, H, C = row.q.shape
+    N = row.k.shape[1]
+    group, scale = H // N, C**-0.5
+    queries = _by_query(row.q, N, block)
+    keys, values_t = _by_key(row.k, block), _by_key(row.v, block).swapaxes(2, 3)
+
+    def query_block(i: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(j: jax.Array, carry: Any, masked: bool) -> Any:
+            high, total, out_t = carry
+            scores = _dot(keys[j], q, transposed=True)  # [N, S, R]
+            if masked:
+                seen = _seen(i, j, row.first_BT, block, group)
+                scores = jnp.where(seen, scores, UNSEEN)
+            higher = jnp.maximum(high, jnp.max(scores, axis=1))
+            weights = jnp.exp((scores - higher[:, None]) * scale)
+            shrink = jnp.exp((high - higher) * scale)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            out_t = out_t * shrink[:, None] + _dot(values_t[j], weights.astype(row.v.dtype))
+            return higher, total, out_t
+
+        first = lax.dynamic_slice_in_dim(row.first_BT, i * block, block)
+        R = group * block
+        zero = jnp.zeros((N, R), jnp.float32)
+        high, total, out_t = walk(
+            first[0] // block,
+            (first[-1] + block - 1) // block,
+            i,
+            i + 1,
+            step,
+            (zero + UNSEEN, zero, jnp.zeros((N, C, R), jnp.float32)),
+        )
+        out = (out_t / total[:, None]).swapaxes(1, 2).astype(row.q.dtype)
+        return out, high * scale + jnp.log(total)
+
+    blocks = jnp.arange(T // block, dtype=jnp.int32)
+    out, lse = lax.map(lambda xs: query_block(*xs), (blocks, queries))
+    return _from_query(out, block), _from_query(lse, block)
+
+
+def _backward_row(
+    row: Inputs, dout: jax.Array, lse: jax.Array, delta: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of the queries, keys and values of a row."""
+    T, H, C = row.q.shape
+    N = row.k.shape[1]
+    group, scale = H // N, C**-0.5
+    queries, douts, lses, deltas = (_by_query(x, N, block) for x in (row.q, dout, lse, delta))
+    keys, values = _by_key(row.k, block), _by_key(row.v, block)
+
+    def key_block(dqs_t: jax.Array, xs: Any) -> Any:
+        j, k, v = xs
+        k_t = k.swapaxes(1, 2)
+
+        def step(i: jax.Array, carry: Any, masked: bool) -> Any:
+            dqs_t, dk, dv = carry
+            q, dout = queries[i], douts[i]
+            scores = _dot(k, q, transposed=True)  # [N, S, R]
+            if masked:
+                seen = _seen(i, j, row.first_BT, block, group)
+                scores = jnp.where(seen, scores, UNSEEN)
+            weights = jnp.exp(scores * scale - lses[i][:, None])
+            dweights = _dot(v, dout, transposed=True)
+            dscores = (weights * (dweights - deltas[i][:, None])).astype(row.q.dtype)
+            dv += _dot(weights.astype(row.v.dtype), dout)
+            dk += _dot(dscores, q)
+            return dqs_t.at[i].add(_dot(k_t, dscores)), dk, dv
+
+        last = lax.dynamic_slice_in_dim(row.last_BT, j * block, block)
+        zero = jnp.zeros(k.shape, jnp.float32)
+        dqs_t, dk, dv = walk(
+            j,
+            j + 1,
+            (last[0] + 1) // block,
+            last[-1] // block + 1,
+            step,
+            (dqs_t, zero, zero),
+        )
+        return dqs_t, ((dk * scale).astype(row.k.dtype), dv.astype(row.v.dtype))
+
+    blocks = jnp.arange(T // block, dtype=jnp.int32)
+    zeros = jnp.zeros((T // block, N, C, group * block), jnp.float32)
+    dqs_t, (dk, dv) = lax.scan(key_block, zeros, (blocks, keys, values))
+    dq = (dqs_t * scale).astype(row.q.dtype).swapaxes(2, 3)
+    return _from_query(dq, block), *(x.swapaxes(1, 2).reshape(T, N, C) for x in (dk, dv))
