@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,3 +73,14 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}).") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}).") from None
+
+
+def check_format(description: Any, expected: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError unless `description` is of the expected format and version."""
+    if not isinstance(description, dict) or description.get("format") != expected["format"]:
+        raise UserError(f"{path}: is not the description of a {expected['format']}.")
+    if description.get("version") != expected["version"]:
+        raise UserError(
+            f"{path}: has version {description.get('version')!r}; this release reads "
+            f"{expected['version']}. Install a newer llamapro_jax."
+        )
