@@ -9,8 +9,14 @@ import numpy as np
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan
-from llamapro_jax.files import atomic_directory, read_json, require_new_directory, write_json
-from llamapro_jax.fingerprint import Fingerprint
+from llamapro_jax.files import (
+    atomic_directory,
+    check_format,
+    read_json,
+    require_new_directory,
+    write_json,
+)
+from llamapro_jax.fingerprint import Fingerprint, tensor_print
 from llamapro_jax.hf.safetensors import Planned, SafetensorsReader, SafetensorsWriter
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, block_weights
@@ -43,13 +49,16 @@ def write_delta(source: str, destination: str | Path, shard_bytes: int = SHARD_B
         for weight in block_weights(model.config)
     ]
     before = Until(model, model.plan.generation - 1)
+    prints = {}
     with atomic_directory(destination) as directory:
         planned = [
             Planned(t.name, t.weight.hf_shape(model.config), model.dtype(t)) for t in wanted
         ]
         writer = SafetensorsWriter(directory, planned, shard_bytes)
         for tensor in wanted:
-            writer.write(tensor.name, model.read(tensor))
+            array = model.read(tensor)
+            prints[tensor.name] = tensor_print(array)
+            writer.write(tensor.name, array)
         writer.close()
         copy_tokenizer(model.directory, directory)
         write_json(
@@ -58,6 +67,7 @@ def write_delta(source: str, destination: str | Path, shard_bytes: int = SHARD_B
                 **FORMAT,
                 "plan": model.plan.to_json(),
                 "base_digest": before.fingerprint().digest,
+                "digest": Fingerprint(prints).digest,
                 "lineage": [*model.lineage, lineage_entry("delta", model)],
             },
         )
@@ -105,8 +115,7 @@ def apply_delta(
     require_new_directory(Path(destination))
     delta = Path(delta)
     description = read_json(delta / DESCRIPTION)
-    if not isinstance(description, dict) or description.get("format") != FORMAT["format"]:
-        raise UserError(f"{delta / DESCRIPTION}: is not the description of a delta.")
+    check_format(description, FORMAT, delta / DESCRIPTION)
     plan = ExpansionPlan.from_json(description.get("plan"), f"{delta / DESCRIPTION}")
     model = open_source(base)
     if model.plan != plan.until(plan.generation - 1):
@@ -122,14 +131,14 @@ def apply_delta(
             f"base has {str(description.get('base_digest'))[:12]}. Take the base it was made on."
         )
     applied = Applied(model, plan, SafetensorsReader(delta))
-    _check_blocks(applied, delta)
+    _check_blocks(applied, delta, description.get("digest"))
     to = to or ("hf" if isinstance(model, HFSource) else "flax")
     lineage = (*description.get("lineage", ()), lineage_entry("apply", model))
     return copy(applied, destination, to, lineage=lineage)
 
 
-def _check_blocks(applied: Applied, delta: Path) -> None:
-    """The delta has exactly the tensors of the new blocks, in their shapes."""
+def _check_blocks(applied: Applied, delta: Path, digest: object) -> None:
+    """The delta has exactly the tensors of the new blocks, in their shapes, as written."""
     expected = {
         tensor.name: weight.hf_shape(applied.config)
         for depth in applied.plan.new_depths
@@ -140,3 +149,6 @@ def _check_blocks(applied: Applied, delta: Path) -> None:
     if found != expected:
         wrong = sorted(n for n in set(found) | set(expected) if found.get(n) != expected.get(n))
         raise UserError(f"{delta}: tensor {wrong[0]} is missing, unexpected or of another shape.")
+    prints = {name: tensor_print(applied.blocks.read(name)) for name in expected}
+    if Fingerprint(prints).digest != digest:
+        raise UserError(f"{delta}: is not what was written (its hash differs); fetch it again.")

@@ -29,7 +29,7 @@ def insertions_for(
         return after(num_blocks, positions)
     if blocks is None:
         raise UserError("say how many blocks to insert (--blocks 8), or where (--after 3,7,11).")
-    return spread(num_blocks, blocks, per_group or 1)
+    return spread(num_blocks, blocks, 1 if per_group is None else per_group)
 
 
 def expand(

@@ -198,6 +198,18 @@ class ExpansionPlan:
             ) from None
 
 
+def checked_lineage(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """What was done to a model, entry by entry, as it is read from a file of unknown origin."""
+    needed = {"expand": {"generation"}, "train": {"trainable", "steps"}}
+    for entry in value if isinstance(value, list | tuple) else [None]:
+        if not isinstance(entry, dict) or not {"verb", "source"} <= set(entry):
+            raise UserError(f"{where}: lineage has {entry!r}; an entry needs verb and source.")
+        missing = needed.get(str(entry["verb"]), set()) - set(entry)
+        if missing:
+            raise UserError(f"{where}: lineage has {entry!r}; it needs {', '.join(missing)}.")
+    return tuple(value)
+
+
 def spread(blocks: int, count: int, per_group: int = 1) -> tuple[Insertion, ...]:
     """The paper's plan: `count` copies, `per_group` on top of each of count/per_group groups.
 

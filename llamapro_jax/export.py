@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,8 +21,10 @@ from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
 from llamapro_jax.model.weights import total_parameters
 from llamapro_jax.proof import PROOF_TEXT, compare_logits, proof_tokens
 from llamapro_jax.sinks import SHARD_BYTES, copy, lineage_entry
-from llamapro_jax.sources import Source, open_source
+from llamapro_jax.sources import Source, altered_by, open_source
 from llamapro_jax.views import Cast, Strength, Until
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -59,7 +63,8 @@ def export(
     require_new_directory(Path(destination))
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    stored = open_source(source)
+    # A cast starts from what was trained, not from its copy in the dtype of the base.
+    stored = open_source(source, masters=dtype is not None)
     view: Source = stored
     if generation is not None:
         view = Until(view, generation)
@@ -85,8 +90,16 @@ def export(
             largest = compare_logits(exact, again, tokens_BT)[2]
         differences.append(largest)
 
-    facts = {"strength": strength} if strength != 1.0 else {}
-    lineage = (*view.lineage, lineage_entry("export", stored, **facts))
+    facts: dict[str, object] = {"strength": strength} if strength != 1.0 else {}
+    if generation is not None:
+        facts["generations"] = generation
+        altered = altered_by(stored, generation)
+        if altered is not None:
+            log.warning(
+                "%s: generation %d is not what it was: %s trained later",
+                source, generation, ", ".join(altered["trainable"]),
+            )  # fmt: skip
+    lineage = public((*view.lineage, lineage_entry("export", stored, **facts)))
     fingerprint = copy(
         view, destination, "hf", lineage=lineage, shard_bytes=shard_bytes, check=check
     )
@@ -124,17 +137,16 @@ def check_transformers(directory: Path) -> None:
             )
 
 
-def base_model(lineage: tuple[Mapping[str, object], ...]) -> str | None:
-    """The hub id or directory that the first step of the lineage started from."""
-    return str(lineage[0]["source"]) if lineage else None
+def public(lineage: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """The lineage without the directories of the machine: of a path, its last part."""
+    return tuple({**entry, "source": Path(entry["source"]).name} for entry in lineage)
 
 
 def model_card(source: Source, licence: str) -> str:
     """README.md with the metadata that the hub reads, and what was done to the base."""
     plan = source.plan
-    base = base_model(source.lineage)
-    # A directory is no name on the hub: its last part tells more than the path of a machine.
-    name = base if base and base.count("/") == 1 and not base.startswith((".", "/")) else None
+    first = source.lineage[0] if source.lineage else {}
+    name = first.get("hub_id")
     front = [
         "---",
         "library_name: transformers",
@@ -155,17 +167,18 @@ def model_card(source: Source, licence: str) -> str:
             steps.append(f"- expanded by {len(depths)} blocks, now at depth {depths}")
         elif verb == "train":
             steps.append(f"- trained {', '.join(entry['trainable'])} for {entry['steps']} steps")
-    title = Path(base).name if base else "model"
+    title = name or Path(first.get("source", "model")).name
+    inserted = plan.num_blocks - plan.base_blocks
     return "\n".join(
         [
             *front,
             "",
-            f"# {title}, with {plan.num_blocks - plan.base_blocks} inserted blocks",
+            f"# {title}, with {inserted} inserted blocks",
             "",
             f"A LLaMA Pro model ([arXiv 2401.02415](https://arxiv.org/abs/2401.02415)) of "
             f"{total_parameters(source.config):,} parameters: {plan.base_blocks} blocks of the "
-            f"base and {plan.num_blocks - plan.base_blocks} inserted ones. The key `llamapro` of "
-            "`config.json` says which is which.",
+            f"base and {inserted} inserted ones."
+            + (" The key `llamapro` of `config.json` says which is which." if inserted else ""),
             "",
             *(["What was done:", "", *steps, ""] if steps else []),
             "Made with llamapro_jax.",

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.expansion import ExpansionPlan
-from llamapro_jax.files import read_json, write_json
+from llamapro_jax.expansion import ExpansionPlan, checked_lineage
+from llamapro_jax.files import check_format, read_json, write_json
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, Weight, block_weights, outer_weights
 
@@ -60,14 +60,8 @@ def read_description(directory: Path) -> tuple[Mapping[str, Any], ...]:
     """The lineage in llamapro.json. Raises UserError for another format or a later version."""
     path = directory / DESCRIPTION
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != FORMAT["format"]:
-        raise UserError(f"{path}: is not the description of a Flax checkpoint of llamapro_jax.")
-    if values.get("version") != FORMAT["version"]:
-        raise UserError(
-            f"{path}: has version {values.get('version')!r}; this release reads "
-            f"{FORMAT['version']}. Install a newer llamapro_jax."
-        )
-    return tuple(values.get("lineage", ()))
+    check_format(values, FORMAT, path)
+    return checked_lineage(values.get("lineage", ()), str(path))
 
 
 def write_description(directory: Path, lineage: tuple[Mapping[str, Any], ...]) -> None:

@@ -21,7 +21,7 @@ from llamapro_jax.hf.config import render
 from llamapro_jax.hf.safetensors import Planned, SafetensorsWriter
 from llamapro_jax.hf.tokenizer import find_tokenizer, write_tokenizer
 from llamapro_jax.model.weights import Tensor, tensors
-from llamapro_jax.sources import Source
+from llamapro_jax.sources import HFSource, Source
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,12 @@ class HFSink:
 
 
 def lineage_entry(verb: str, source: Source, **facts: Any) -> dict[str, Any]:
-    """One line of a model's history: what was done, to which model, by which release."""
+    """One line of a model's history: what was done, to which model, by which release.
+
+    hub_id: where the source came from a hub, its name there without the revision.
+    """
+    if isinstance(source, HFSource) and not Path(source.path).expanduser().is_dir():
+        facts["hub_id"] = source.path.partition("@")[0]
     return {"verb": verb, "source": source.path, "llamapro_jax": __version__, **facts}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from llamapro_jax import flax_checkpoint
 from llamapro_jax.errors import UserError
-from llamapro_jax.expansion import ExpansionPlan
+from llamapro_jax.expansion import ExpansionPlan, checked_lineage
 from llamapro_jax.fingerprint import FILE as FINGERPRINT_FILE
 from llamapro_jax.fingerprint import Fingerprint, tensor_print
 from llamapro_jax.hf.config import PLAN_KEY, read_config
@@ -102,7 +102,9 @@ def open_hf(path: str, allow_bin: bool = False) -> HFSource:
     directory = resolve(path, allow_bin)
     hf_config, config, plan = read_config(directory)
     weights = _open_weights(directory, allow_bin)
-    lineage = tuple(hf_config.get(PLAN_KEY, {}).get("lineage", ()))
+    lineage = checked_lineage(
+        hf_config.get(PLAN_KEY, {}).get("lineage", ()), f"{directory / 'config.json'}: {PLAN_KEY}"
+    )
     source = HFSource(path, directory, hf_config, config, plan, weights, lineage)
     _check_tensors(source)
     return source
@@ -118,7 +120,10 @@ def _open_weights(directory: Path, allow_bin: bool) -> Weights:
             f"{directory}: has only pickled weights ({BIN_SINGLE}). Convert them to safetensors, "
             "or pass --allow-bin, which reads them as weights only and needs PyTorch."
         )
-    raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}.")
+    raise UserError(
+        f"{directory}: has neither {SINGLE} nor {INDEX}. If it has only {BIN_SINGLE}, "
+        "pass --allow-bin, which needs PyTorch."
+    )
 
 
 def _check_tensors(source: HFSource) -> None:
@@ -180,21 +185,38 @@ class FlaxSource:
     plan: ExpansionPlan
     lineage: tuple[Mapping[str, Any], ...]
     arrays: flax_checkpoint.StackedArrays = field(repr=False)
+    # Names of the tensors that were read and found to be what was written.
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def dtype(self, tensor: Tensor) -> np.dtype:
         return self.arrays.dtype(*flax_checkpoint.address(tensor, self.plan))
 
     def read(self, tensor: Tensor) -> np.ndarray:
+        """Raises UserError when the bytes are not those that were written."""
         leaf, row = flax_checkpoint.address(tensor, self.plan)
-        return tensor.weight.to_hf(self.arrays.read(leaf, row), self.config)
+        array = tensor.weight.to_hf(self.arrays.read(leaf, row), self.config)
+        # Neither zarr nor Orbax notices a flipped bit.
+        if tensor.name not in self._verified:
+            if tensor_print(array) != self.fingerprint().tensors.get(tensor.name):
+                raise UserError(
+                    f"{self.directory / flax_checkpoint.PARAMS / leaf}: {tensor.name} is not what "
+                    f"was written (its hash is another than {FINGERPRINT_FILE} says); the "
+                    "checkpoint is damaged, make it again."
+                )
+            self._verified.add(tensor.name)
+        return array
 
-    def fingerprint(self) -> Fingerprint:
-        """What was recorded when the checkpoint was written; no tensor is read."""
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
         if not (self.directory / FINGERPRINT_FILE).is_file():
             raise UserError(
                 f"{self.directory}: has no {FINGERPRINT_FILE}; convert the model again."
             )
         return Fingerprint.read(self.directory)
+
+    def fingerprint(self) -> Fingerprint:
+        """What was recorded when the checkpoint was written; no tensor is read."""
+        return self._fingerprint
 
 
 def open_flax(path: str) -> FlaxSource:

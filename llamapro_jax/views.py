@@ -71,6 +71,19 @@ class Until(Through):
     def config(self) -> ModelConfig:
         return replace(self.source.config, num_blocks=self.plan.num_blocks)
 
+    @property
+    def lineage(self) -> tuple[Mapping[str, Any], ...]:
+        """What made this generation, and what changed it afterwards, other than growth."""
+        entries = self.source.lineage
+        generation = self.source.plan.generation - sum(e["verb"] == "expand" for e in entries)
+        kept = []
+        for entry in entries:
+            generation += entry["verb"] == "expand"
+            touched_base = entry["verb"] == "train" and list(entry["trainable"]) != ["new"]
+            if generation <= self.generation or touched_base:
+                kept.append(entry)
+        return tuple(kept)
+
     def _below(self, tensor: Tensor) -> Tensor:
         if tensor.block is None:
             return tensor

@@ -14,6 +14,7 @@ import pytest
 from checkpoints import read_torch, write_tiny
 from safetensors.numpy import load_file, save_file
 
+from llamapro_jax import load
 from llamapro_jax.convert import convert
 from llamapro_jax.delta import apply_delta, write_delta
 from llamapro_jax.errors import UserError
@@ -24,7 +25,7 @@ from llamapro_jax.inspect import as_text, describe
 from llamapro_jax.model.llama import hidden_states, logits
 from llamapro_jax.model.params import load_params
 from llamapro_jax.proof import prove_identity
-from llamapro_jax.sources import Source, open_source
+from llamapro_jax.sources import Source, altered_by, base_is_original, open_source
 from llamapro_jax.views import Strength, Until
 
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -189,6 +190,7 @@ def test_a_failed_proof_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     ("options", "message"),
     [
         ({"blocks": 5}, "--blocks 5 is larger than the model, which has 4 blocks"),
+        ({"blocks": 2, "per_group": 0}, "--per-group is 0"),
         ({}, "say how many blocks"),
         ({"blocks": 2, "positions": [1]}, "leave out --blocks"),
         ({"positions": [4]}, "blocks 0 to 3"),
@@ -263,9 +265,9 @@ def test_export_casts_only_when_asked_to(tmp_path: Path) -> None:
         export(str(tmp_path / "pro"), tmp_path / "x", dtype="int8")
     off = export(str(tmp_path / "pro"), tmp_path / "base", generation=0)
     assert off.parameters == describe(str(source))["parameters"]
-    assert open_source(str(tmp_path / "base")).fingerprint() == open_source(
-        str(source)
-    ).fingerprint()
+    assert (
+        open_source(str(tmp_path / "base")).fingerprint() == open_source(str(source)).fingerprint()
+    )
 
 
 def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
@@ -319,6 +321,98 @@ def test_a_delta_of_a_trained_base_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "pro" / "config.json", values)
     with pytest.raises(UserError, match="more than the new blocks was trained"):
         write_delta(str(tmp_path / "pro"), tmp_path / "delta")
+
+
+def test_a_flipped_bit_of_a_delta_is_found(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "hf")
+    expand(str(source), tmp_path / "pro", blocks=2)
+    write_delta(str(tmp_path / "pro"), tmp_path / "delta")
+    spoiled(tmp_path / "delta", "model.layers.2.mlp.up_proj.weight", nudge)
+    with pytest.raises(UserError, match="delta: is not what was written"):
+        apply_delta(str(source), tmp_path / "delta", tmp_path / "x")
+    values = read_json(tmp_path / "delta" / "delta.json")
+    write_json(tmp_path / "delta" / "delta.json", {**values, "version": 2})
+    with pytest.raises(UserError, match="version 2; this release reads 1"):
+        apply_delta(str(source), tmp_path / "delta", tmp_path / "x")
+
+
+def test_a_flipped_bit_of_a_flax_checkpoint_is_found_by_every_verb(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "hf")
+    expand(str(source), tmp_path / "pro", blocks=2, to="flax")
+    expand(str(source), tmp_path / "delta of", blocks=2)
+    write_delta(str(tmp_path / "delta of"), tmp_path / "delta")
+    convert(str(source), tmp_path / "flax")
+    for model in ("pro", "flax"):
+        chunk = sorted((tmp_path / model / "params" / "base.up").glob("2.*"))[0]
+        raw = bytearray(chunk.read_bytes())
+        raw[100] ^= 4
+        chunk.write_bytes(raw)
+    pro, flax = str(tmp_path / "pro"), str(tmp_path / "flax")
+    for verb in (
+        lambda: export(pro, tmp_path / "x"),
+        lambda: expand(flax, tmp_path / "x", blocks=1),
+        lambda: apply_delta(flax, tmp_path / "delta", tmp_path / "x"),
+        lambda: load(pro),
+    ):
+        with pytest.raises(UserError, match=r"base\.up: .*mlp.up_proj.weight is not what was"):
+            verb()
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_card_names_a_hub_id_and_no_directory(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "bf" / "base")
+    expand(str(source), tmp_path / "pro", blocks=2)
+    export(str(tmp_path / "pro"), tmp_path / "out", licence="mit", shard_bytes=20_000)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model:" not in card and "license: mit" in card
+    assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def test_an_earlier_generation_has_its_own_history(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "hf")
+    expand(str(source), tmp_path / "one", blocks=2)
+    values = read_json(tmp_path / "one" / "config.json")
+    training = {"verb": "train", "source": "x", "trainable": ["all"], "steps": 5}
+    values["llamapro"]["lineage"].append(training)
+    write_json(tmp_path / "one" / "config.json", values)
+    expand(str(tmp_path / "one"), tmp_path / "two", blocks=2)
+    two = open_source(str(tmp_path / "two"))
+    assert base_is_original(two)  # generation 1 as it was when generation 2 came
+    assert altered_by(two, 0) == training
+    assert [entry["verb"] for entry in Until(two, 1).lineage] == ["expand", "train"]
+    assert altered_by(Until(two, 1), 0) == training
+    assert not base_is_original(Until(two, 1))
+    export(str(tmp_path / "two"), tmp_path / "zero", generation=0)
+    exported = read_json(tmp_path / "zero" / "config.json")["llamapro"]
+    assert exported["generations"] == []
+    assert [entry["verb"] for entry in exported["lineage"]] == ["train", "export"]
+
+
+@pytest.mark.parametrize(
+    ("lineage", "message"),
+    [
+        ([{"source": "x"}], "an entry needs verb and source"),
+        ([{"verb": "train", "source": "x", "steps": 1}], "it needs trainable"),
+        ("x", "an entry needs verb"),
+    ],
+)
+def test_a_malformed_lineage_is_refused(lineage: Any, message: str, tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "hf")
+    expand(str(source), tmp_path / "pro", blocks=2)
+    values = read_json(tmp_path / "pro" / "config.json")
+    values["llamapro"]["lineage"] = lineage
+    write_json(tmp_path / "pro" / "config.json", values)
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path / "pro"))
+
+
+def test_layer_types_do_not_outlive_the_number_of_layers(tmp_path: Path) -> None:
+    """transformers refuses a config.json whose layer_types are fewer than its layers."""
+    transformers = pytest.importorskip("transformers")
+    source = write_tiny(tmp_path / "hf", layer_types=["full_attention"] * 4)
+    expand(str(source), tmp_path / "pro", blocks=2)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "pro").num_hidden_layers == 6
 
 
 def test_inspect_shows_each_block(tmp_path: Path) -> None:

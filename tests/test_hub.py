@@ -13,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from llamapro_jax.convert import convert
 from llamapro_jax.errors import UserError
+from llamapro_jax.export import export
 from llamapro_jax.hf.hub import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -43,6 +44,14 @@ def test_a_cached_repository_is_converted(
     snapshot = fill(cache, revision)
     assert resolve(hub_id) == snapshot
     assert len(convert(hub_id, tmp_path / "flax").tensors) == 39
+
+
+def test_the_name_on_the_hub_reaches_the_card(cache: Path, tmp_path: Path) -> None:
+    fill(cache, "v2")
+    convert("meta-llama/Llama-2-7b-hf@v2", tmp_path / "flax")
+    export(str(tmp_path / "flax"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nbase_model: meta-llama/Llama-2-7b-hf\n" in card
 
 
 def test_another_revision_is_not_taken_for_it(cache: Path) -> None:

@@ -253,7 +253,7 @@ def render(
         values["sliding_window"] = config.sliding_window
     else:
         values |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    if plan.generation:
+    if plan.generation or lineage:
         values[PLAN_KEY] = {**plan.to_json(), "lineage": list(lineage)}
     return values
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from llamapro_jax.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+# Not *.safetensors: Mistral's repositories hold the same weights again, consolidated.
+PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 BIN_PATTERNS = ["pytorch_model*.bin"]
 
 

@@ -8,6 +8,7 @@ the converted checkpoint. After writing, the files are read back and their logit
 from __future__ import annotations
 
 import argparse
+import math
 
 HELP = "a model or a run as a Hugging Face directory"
 EXAMPLE = """\
@@ -40,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from llamapro_jax.errors import UserError
     from llamapro_jax.export import export
 
-    if args.shard_size <= 0:
-        raise UserError(f"--shard-size is {args.shard_size}; it must be positive.")
+    if not 0 < args.shard_size < math.inf:
+        raise UserError(f"--shard-size is {args.shard_size}; it must be a positive number.")
     shard_bytes = int(args.shard_size * 1e9)
     if args.delta:
         if args.dtype or args.strength != 1.0 or args.generations is not None:

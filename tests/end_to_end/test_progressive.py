@@ -89,6 +89,16 @@ def test_the_second_generation_alone_goes_onto_the_first(place: Path) -> None:
         apply_delta(str(place / "base"), place / "delta", place / "x")
 
 
+def test_a_float32_export_has_what_was_trained(place: Path) -> None:
+    """A cast starts from the float32 that trained, not from its copy in the base's bfloat16."""
+    export(str(place / "one"), place / "wide", dtype="float32")
+    wide, masters = open_source(str(place / "wide")), open_source(str(place / "one"), masters=True)
+    for depth in masters.plan.new_depths:
+        for weight in block_weights(masters.config):
+            tensor = Tensor(weight, depth)
+            np.testing.assert_array_equal(wide.read(tensor), masters.read(tensor))
+
+
 def test_tuning_all_of_a_run_needs_no_export_between(place: Path) -> None:
     """LLaMA Pro -> Instruct: `model:` is the run itself, in the precision it was trained in."""
     config = run_config(
