@@ -20,9 +20,9 @@ pytestmark = [
 FEW, MANY = 2, 26
 # Width 512: a block of 6.3 MB.
 SHRINK = 8
-# The share of what the larger model has more that may show. Python's own noise is less, and a
-# verb that held the model, or half of it, would show more.
-ALLOWED = 0.4
+# The share of what the larger model has more that may show. The noise of the allocators of
+# several threads was up to 0.4; a verb that held the model would show more than 0.9.
+ALLOWED = 0.6
 
 CLI = [sys.executable, "-m", "llamapro_jax.cli"]
 HOLD_ALL = """\
