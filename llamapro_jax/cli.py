@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from types import ModuleType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 
 from llamapro_jax import __version__
 from llamapro_jax.errors import UserError, nearest
@@ -71,8 +75,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came. An exception, so that what is half-written is removed on the way out."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # `timeout` and others send it twice; the second one must not cut the clearing up short.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated(128 + number)
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Outside the main thread, where Python allows no handlers, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _described(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit status: 0, 1 when a check failed, 2 for bad input."""
+    """Runs one verb. Returns the exit status.
+
+    That is 0, 1 when a check failed, 2 for bad input and for what the system refuses (a full disk,
+    a permission), 130 and 143 after SIGINT and SIGTERM. `train` has its own for the two signals.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     # The libraries log to standard error at import; a user asked for none of it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -83,15 +119,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     parsed = build_parser().parse_args(arguments)
     try:
-        return verb_module(parsed.verb).run(parsed) or 0
-    except UserError as error:
+        with _termination_raises():
+            return verb_module(parsed.verb).run(parsed) or 0
+    except (UserError, OSError) as error:
         if parsed.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        message = _described(error) if isinstance(error, OSError) else error
+        print(f"error: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as stopped:
         print("stopped", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, _Terminated) else 130
 
 
 if __name__ == "__main__":

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llamapro_jax.errors import UserError
 
+# A writer has its lock long before its temporary directory is this old (in seconds).
+_UNLOCKED_AGE = 60
+
 
 def require_new_directory(path: Path) -> None:
-    """Raises UserError unless `path` is absent or an empty directory."""
+    """Raises UserError unless `path` is an empty directory, or absent where one can be made."""
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"{path}: {above} is a file, not a directory; name another place.")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: is not a directory; name a new one.")
     if path.is_dir() and any(path.iterdir()):
@@ -26,22 +35,55 @@ def require_new_directory(path: Path) -> None:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write into, renamed to `path` when the block ends well.
 
-    When the block raises, the temporary directory is removed and `path` is as it was.
+    When the block raises, the temporary directory is removed and `path` is as it was. What a
+    writer of the same `path` left that was killed on this host is removed first.
     Raises UserError when `path` exists and is not an empty directory.
     """
     path = Path(path)
     require_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    # Locks are not shared between hosts on every file system, so that each minds its own.
+    prefix = f".tmp-{path.name}-{socket.gethostname()}-"
+    _remove_abandoned(path.parent, prefix)
+    temporary = path.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
-        yield temporary
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
+        with _lock(temporary):
+            yield temporary
+            if path.is_dir():
+                path.rmdir()
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """Whether this process has the lock of `directory`, which the kernel frees when it dies."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another has it, or the file system knows no locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Removes the temporary directories whose writer is dead."""
+    for entry in parent.iterdir():
+        if not (entry.name.startswith(prefix) and entry.is_dir()):
+            continue
+        # Another process may do the same at the same time, or end its own work.
+        with suppress(FileNotFoundError):
+            young = time.time() - entry.stat().st_mtime < _UNLOCKED_AGE
+            with _lock(entry) as abandoned:
+                if abandoned and not young:
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import write_tiny
 
 from llamapro_jax import __version__, cli
 from llamapro_jax.errors import UserError
@@ -147,3 +152,64 @@ def test_interrupt_has_the_status_of_sigint(
     verb.run = run
     assert cli.main(["act"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/models/out"), "/models/out: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ConnectionError("no route to the hub"), "no route to the hub"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_status_2(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str], error: OSError, message: str
+) -> None:
+    def run(args: argparse.Namespace) -> None:
+        raise error
+
+    verb.run = run
+    assert cli.main(["act"]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    with pytest.raises(OSError, match=re.escape(error.args[-1])):
+        cli.main(["--debug", "act"])
+
+
+def test_sigterm_unwinds_what_runs_and_the_handler_is_put_back(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def run(args: argparse.Namespace) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one is of no account
+            seen.append("cleared up")
+
+    verb.run = run
+    assert cli.main(["act"]) == 143
+    assert seen == ["cleared up"]
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "base", vocab_size=60_000, hidden_size=256)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "llamapro_jax.cli", "expand", str(source), str(out)]
+    process = subprocess.Popen(
+        [*command, "--blocks", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while process.poll() is None and not list(tmp_path.glob(".tmp-out-*/*")):
+            time.sleep(0.001)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors
+    assert errors.endswith("stopped\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
