@@ -30,7 +30,7 @@ from llamapro_jax.data.text import read_documents, text_files
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import Segment
 from llamapro_jax.hf.tokenizer import Tokenizer
-from llamapro_jax.model.api import Model, load
+from llamapro_jax.model.api import Model, OpenedModel, open_model
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.model.precision import full_precision
@@ -230,7 +230,7 @@ class Comparison:
     base: Setting | None
 
 
-def recorded_original(model: Model) -> Model | None:
+def recorded_original(model: OpenedModel) -> OpenedModel | None:
     """The model before the first training that changed more than the new blocks.
 
     None, with a warning, when it cannot be opened. Raises UserError when it is another one now.
@@ -257,25 +257,12 @@ def recorded_original(model: Model) -> Model | None:
             f"{path}: is not the model that {run} was trained from (its fingerprint differs); put "
             "that back, or name the original with --base."
         )
-    return load(path, dtype=model.dtype.name, generation=max(model.plan.generation - 1, 0))
+    generation = max(model.plan.generation - 1, 0)
+    return open_model(path, dtype=model.dtype.name, generation=generation)
 
 
 def _comparison(model: Model, strengths: Sequence[float] | None, base: Model | None) -> Comparison:
     grown = model.plan.generation > 0
-    if isinstance(model.source, Strength):
-        raise UserError(
-            f"{model.source.path}: is loaded at strength {model.source.strength}; load it without, "
-            "and give the strengths to evaluate."
-        )
-    if strengths is not None and not grown:
-        raise UserError(f"{model.source.path}: has no new blocks, so strength means nothing.")
-    for strength in strengths or ():
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength is {strength}; it must be between 0 and 1.")
-    if base is not None:
-        _check_base(model, base)
-    else:
-        base = recorded_original(model)
     if not grown:
         settings = [Setting(MODEL, model)]
     else:
@@ -300,7 +287,20 @@ def _label(model: Model, strength: float) -> str:
     return f"strength {strength:g}"
 
 
-def _check_base(model: Model, base: Model) -> None:
+def _check_strengths(model: OpenedModel, strengths: Sequence[float] | None) -> None:
+    if isinstance(model.source, Strength):
+        raise UserError(
+            f"{model.source.path}: is loaded at strength {model.source.strength}; load it without, "
+            "and give the strengths to evaluate."
+        )
+    if strengths is not None and not model.plan.generation:
+        raise UserError(f"{model.source.path}: has no new blocks, so strength means nothing.")
+    for strength in strengths or ():
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength is {strength}; it must be between 0 and 1.")
+
+
+def _check_base(model: OpenedModel, base: OpenedModel) -> None:
     ours, theirs = model.config.vocab_size, base.config.vocab_size
     if ours != theirs:
         raise UserError(
@@ -315,10 +315,10 @@ def _check_base(model: Model, base: Model) -> None:
         )
 
 
-def default_sequence_length(model: Model) -> int:
+def default_sequence_length(model: OpenedModel) -> int:
     """Of a run, that of its configuration; else what the model has positions for, at most 2048."""
-    if run_directory.is_run(model.source.path):
-        path = Path(model.source.path) / run_directory.CONFIG_FILE
+    if run_directory.is_run(model.source.directory):
+        path = model.source.directory / run_directory.CONFIG_FILE
         return load_config(path).data.sequence_length
     return min(model.config.max_position_embeddings, LONGEST_DEFAULT)
 
@@ -327,11 +327,11 @@ def default_sequence_length(model: Model) -> int:
 
 
 def evaluate(
-    model: Model,
+    model: OpenedModel,
     texts: Mapping[str, str | Path],
     *,
     strengths: Sequence[float] | None = None,
-    base: Model | None = None,
+    base: OpenedModel | None = None,
     sequence_length: int | None = None,
     batch_size: int = 8,
     max_rows: int | None = None,
@@ -339,6 +339,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One dict for each text and setting; all texts are read before anything is computed.
 
+    model, base: loaded; or only opened, then their parameters are read when all else is checked.
     texts: name -> text file, JSONL or directory. strengths: factors on what the new blocks add;
     None: 1 and 0. Strength 0 leaves them out: the base, to the bit. base: what to compare with
     instead of the model's own base; where more than the new blocks was trained, that is the model
@@ -355,6 +356,9 @@ def evaluate(
     if sequence_length is None:
         sequence_length = default_sequence_length(model)
     _check_sizes(model, sequence_length, batch_size, max_rows)
+    _check_strengths(model, strengths)
+    if base is not None:
+        _check_base(model, base)
     if not texts:
         raise UserError("no text to evaluate on; name at least one.")
     tokenizer = model.require_tokenizer()
@@ -362,7 +366,10 @@ def evaluate(
     for text in read:
         # Before the others, so that a tokenizer of another model is found at once.
         model.check_tokens([row["tokens"] for row in text.rows])
-    comparison = _comparison(model, strengths, base)
+    if base is None:
+        base = recorded_original(model)
+    loaded = model.load()
+    comparison = _comparison(loaded, strengths, None if base is None else base.load())
     results = []
     for text in read:
         sums = _evaluate_text(comparison, text, batch_size, progress)
@@ -374,7 +381,7 @@ def evaluate(
 
 
 def _check_sizes(
-    model: Model, sequence_length: int, batch_size: int, max_rows: int | None
+    model: OpenedModel, sequence_length: int, batch_size: int, max_rows: int | None
 ) -> None:
     longest = model.config.max_position_embeddings
     if not 2 <= sequence_length <= longest:

@@ -39,7 +39,7 @@ from llamapro_jax.model.rope import rope_tables
 from llamapro_jax.sampling import Draw, Sampling, choose
 
 if TYPE_CHECKING:
-    from llamapro_jax.model.api import Model
+    from llamapro_jax.model.api import Model, OpenedModel
 
 DEFAULT_MAX_TOKENS = 128
 # So many ids before the text decide how its first piece is written (the space before a word).
@@ -164,23 +164,23 @@ def stop_ids(model: Model) -> frozenset[int]:
     return frozenset(ids - {None})
 
 
-def stream_tokens(
-    model: Model,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int | None = None,
-    sampling: Sampling | None = None,
-    new_blocks: bool = True,
-) -> Iterator[int]:
-    """Ids that follow `prompt`, as they are made, until a stop id (left out) or `max_tokens`.
+def prompt_ids(model: OpenedModel, prompt: str) -> list[int]:
+    """The ids of a prompt. Raises UserError without a tokenizer, and when there is no id."""
+    ids = model.require_tokenizer().encode(prompt)
+    if not ids:
+        raise UserError("the prompt is empty, and the model has no begin token; give it a word.")
+    return ids
 
-    max_tokens: None means 128, or what fits into the model. new_blocks=False: without them.
+
+def check_length(
+    model: OpenedModel, prompt: Sequence[int], max_tokens: int | None
+) -> tuple[np.ndarray, int]:
+    """The prompt as int32 [T], and how many tokens may follow.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, more tokens than the model has
         positions.
     """
-    model.check_new_blocks(new_blocks)
     tokens = model.check_tokens([list(prompt)])[0]
     room = model.config.max_position_embeddings - len(tokens)
     if max_tokens is None:
@@ -193,6 +193,25 @@ def stream_tokens(
             f"than the model's {model.config.max_position_embeddings} positions; "
             + (f"take max_tokens {room} or less." if room > 0 else "shorten the prompt.")
         )
+    return tokens, max_tokens
+
+
+def stream_tokens(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    new_blocks: bool = True,
+) -> Iterator[int]:
+    """Ids that follow `prompt`, as they are made, until a stop id (left out) or `max_tokens`.
+
+    max_tokens: None means 128, or what fits into the model. new_blocks=False: without them.
+
+    Raises UserError as `check_length` does.
+    """
+    model.check_new_blocks(new_blocks)
+    tokens, max_tokens = check_length(model, prompt, max_tokens)
     sampling = sampling or Sampling()
     program = Program(model.config, model.plan.segments, model.dtype, new_blocks)
     return _stream(model, program, tokens, max_tokens, sampling.draw(model.config.vocab_size))
@@ -210,9 +229,7 @@ def _stream(
         made = token
         if position + 1 < length + max_tokens:
             # Started before this token is looked at, so that the device does not wait for us.
-            token, cache = _decode(
-                program, model.params, cache, made, np.int32(position), draw
-            )
+            token, cache = _decode(program, model.params, cache, made, np.int32(position), draw)
         value = int(made)
         if value in stops:
             return
@@ -232,16 +249,13 @@ def stream_text(
     Raises:
       UserError: the model has no tokenizer, or what `stream_tokens` raises.
     """
-    tokenizer = model.require_tokenizer()
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise UserError("the prompt is empty, and the model has no begin token; give it a word.")
+    ids = prompt_ids(model, prompt)
     tokens = stream_tokens(
         model, ids, max_tokens=max_tokens, sampling=sampling, new_blocks=new_blocks
     )
 
     def pieces() -> Iterator[str]:
-        decoder = tokenizer.stream_decoder()
+        decoder = model.require_tokenizer().stream_decoder()
         for token in ids[-DECODER_CONTEXT:]:
             decoder.push(token)
         for token in tokens:

@@ -323,6 +323,18 @@ def _training_section(records: Sequence[Record]) -> str:
     return f'{warning}<div class="charts">{"".join(charts)}</div>'
 
 
+def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
+    step, rows = evaluation.get("step"), evaluation.get("max_rows")
+    parts = (
+        escape(str(evaluation.get("title") or "")),
+        "" if step is None else f"step {step:,} of the run",
+        "" if rows is None else f"at most the first {rows:,} rows of each text",
+    )
+    said = ", ".join(part for part in parts if part)
+    table = _table(evaluation["columns"], evaluation["rows"])
+    return f"<p>{said}.</p>{table}" if said else table
+
+
 def _facts(
     config: Mapping[str, Any], model: Mapping[str, Any], records: Sequence[Record]
 ) -> list[tuple[str, Any]]:
@@ -374,14 +386,14 @@ def render(
 
     `records` as `metrics.read_metrics` gives them (at least one), `config_text` the run's YAML,
     `model` any facts about the model (nested mappings become dotted names), `evaluation` a table
-    `{"columns": [...], "rows": [[...]]}`.
+    `{"columns": [...], "rows": [[...]]}`, with `title`, `step` and `max_rows` where it has them.
     """
     sections = [
         "<h2>Run</h2>" + _table((), _facts(_settings(config_text), model or {}, records)),
         "<h2>Learning and forgetting</h2>" + _learning_section(records),
     ]
     if evaluation is not None:
-        sections.append("<h2>Evaluation</h2>" + _table(evaluation["columns"], evaluation["rows"]))
+        sections.append("<h2>Evaluation</h2>" + _evaluation_section(evaluation))
     sections.append("<h2>Training</h2>" + _training_section(records))
     if config_text:
         sections.append(
@@ -442,4 +454,5 @@ def _is_table(value: Any) -> bool:
         and isinstance(value.get("columns"), list)
         and isinstance(value.get("rows"), list)
         and all(isinstance(row, list) for row in value["rows"])
+        and all(isinstance(value.get(key), int | None) for key in ("step", "max_rows"))
     )

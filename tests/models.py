@@ -43,10 +43,13 @@ def expand_to(
 ) -> Path:
     """The model at `source` with new blocks; `trained` adds a training to its lineage."""
     model = open_hf(str(source))
-    lineage = [*model.lineage, lineage_entry("expand", model)]
+    grown = Expanded(model, insertions)
+    entry = lineage_entry("expand", model, generation=grown.plan.generation)
+    lineage = [*model.lineage, entry]
     if trained is not None:
-        lineage.append({"verb": "train", "source": str(source), "trainable": list(trained)})
-    copy(Expanded(model, insertions), destination, "hf", lineage=lineage, progress=False)
+        facts = {"trainable": list(trained), "steps": 3}
+        lineage.append({"verb": "train", "source": str(source), **facts})
+    copy(grown, destination, "hf", lineage=lineage, progress=False)
     return destination
 
 

@@ -23,6 +23,7 @@ from llamapro_jax.evaluate import (
     recorded_original,
 )
 from llamapro_jax.expansion import Insertion, spread
+from llamapro_jax.model import api
 from llamapro_jax.model.api import Model, load
 
 LENGTH = 32
@@ -258,7 +259,8 @@ def test_a_base_that_trained_is_labelled_and_the_recorded_original_measured_agai
     grown = shutil.copytree(files / "grown", tmp_path / "before")
     config = json.loads((files / "grown" / "config.json").read_text())
     digest = load(str(grown)).source.fingerprint().digest
-    entry = {"verb": "train", "source": str(grown), "trainable": ["all"], "base_digest": digest}
+    entry = {"verb": "train", "source": str(grown), "trainable": ["all"], "steps": 3}
+    entry["base_digest"] = digest
     config["llamapro"]["lineage"].append(entry)
     tuned = shutil.copytree(files / "model", tmp_path / "tuned")
     (tuned / "config.json").write_text(json.dumps(config))
@@ -320,14 +322,46 @@ def test_the_verb_prints_a_table_and_writes_json(
         (["--text", "a=absent.txt"], "absent.txt: no such file"),
         (["--text", "a=TEXT", "--generations", "2"], "generation 2 does not exist"),
         (["--text", "a=TEXT", "--strength", "2"], "strength is 2.0"),
+        (["--text", "a=TEXT", "--strength", "nan"], "strength is nan"),
+        (["--text", "a=TEXT", "--batch-size", "0"], "batch_size is 0"),
+        (["--text", "a=TEXT", "--sequence-length", "65"], "sequence_length is 65"),
+        (["--text", "a=DIR/latin.txt"], "latin.txt: is not UTF-8"),
+        (["--text", "a=DIR/empty.txt"], "empty.txt: holds no text"),
+        (["--text", "a=TEXT", "--base", "DIR/without"], "has a vocabulary of 101"),
+        (["--text", "a=TEXT", "--json", "DIR"], "is a directory; name the file to write"),
+        (["--text", "a=TEXT", "--json", "DIR/no/a.json"], "no is not a directory; make it first"),
+        (["--text", "a=TEXT", "--json", "TEXT/a.json"], "short.txt is not a directory"),
     ],
 )
-def test_the_verb_refuses_bad_arguments(
-    arguments: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
+def test_the_verb_refuses_bad_arguments_before_it_reads_weights(
+    arguments: list[str],
+    message: str,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = [a.replace("TEXT", str(files / "short.txt")) for a in arguments]
+    monkeypatch.setattr(api, "load_params", None)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
+    (tmp_path / "empty.txt").touch()
+    write_tiny(tmp_path / "without")
+    places = {"TEXT": str(files / "short.txt"), "DIR": str(tmp_path)}
+    for name, path in places.items():
+        arguments = [a.replace(name, path) for a in arguments]
     assert cli.main(["evaluate", str(files / "model"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_read(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api, "load_params", None)
+    without = str(write_tiny(tmp_path / "without"))
+    assert cli.main(["evaluate", without, "--text", f"a={files / 'short.txt'}"]) == 2
+    assert "looked for tokenizer.json and tokenizer.model" in capsys.readouterr().err
 
 
 def test_a_figure_that_is_not_finite_is_null_in_json() -> None:
@@ -362,6 +396,8 @@ tracking: {{tensorboard: false}}
     run_path = str(tmp_path / "run")
     assert cli.main(["evaluate", run_path, "--text", f"short={files / 'short.txt'}"]) == 0
     table = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert table["step"] == 3 and table["max_rows"] is None
+    assert table["title"] == f"{run_path} in float32, rows of 24 tokens"
     rows = {row[1]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
     model = load(run_path)
     assert default_sequence_length(model) == 24

@@ -17,6 +17,7 @@ from models import random_model, write_with_tokenizer
 from llamapro_jax import UserError, cli, generate
 from llamapro_jax.expansion import spread
 from llamapro_jax.generate import padded_length, stop_ids
+from llamapro_jax.model import api
 from llamapro_jax.model.api import Model, load
 from llamapro_jax.sampling import Sampling, choose
 
@@ -257,8 +258,28 @@ def test_the_verb_prints_the_prompt_and_what_follows(
     assert capsys.readouterr().out == f"the cat{expected}\n"
 
 
-def test_the_verb_refuses_a_model_without_a_tokenizer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["without", "the cat"], "looked for tokenizer.json and tokenizer.model"),
+        (["with", "the cat", "--generations", "1"], "generation 1 does not exist"),
+        (["with", "the cat", "--strength", "nan"], "strength is nan"),
+        (["with", "the cat", "--max-tokens", "0"], "max_tokens is 0"),
+        (["with", "the cat", "--max-tokens", "64"], "more than the model's 64 positions"),
+        (["with", "the cat", "--temperature", "nan"], "temperature is nan"),
+    ],
+)
+def test_the_verb_refuses_before_it_reads_weights(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert cli.main(["generate", str(write_tiny(tmp_path / "model")), "the cat"]) == 2
-    assert "looked for tokenizer.json and tokenizer.model" in capsys.readouterr().err
+    write_tiny(tmp_path / "without")
+    write_with_tokenizer(tmp_path / "with")
+    monkeypatch.setattr(api, "load_params", None)
+    model, *rest = arguments
+    assert cli.main(["generate", str(tmp_path / model), *rest]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""

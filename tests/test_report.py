@@ -127,6 +127,21 @@ def test_the_page_needs_nothing_from_outside_and_escapes_what_it_shows(tmp_path)
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text
 
 
+def test_an_evaluation_says_of_which_step_and_of_how_much(tmp_path):
+    write_run(tmp_path)
+    table = {"columns": ["text", "model"], "rows": [["a", "b"]]}
+    for about, said in (
+        ({}, None),
+        ({"title": "<runs> in float32", "step": 1200, "max_rows": 64},
+         "<runs> in float32, step 1,200 of the run, at most the first 64 rows of each text."),
+        ({"title": "runs", "step": 20, "max_rows": None}, "runs, step 20 of the run."),
+    ):  # fmt: skip
+        (tmp_path / "evaluation.json").write_text(json.dumps({**about, **table}))
+        page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+        assert ["a", "b"] in page.cells
+        assert said in page.text if said else "of the run" not in page.text
+
+
 def test_summary_has_config_and_model_facts(tmp_path):
     write_run(tmp_path)
     (tmp_path / "config.yaml").write_text(
@@ -164,7 +179,10 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config.yaml of the run: is not YAML"):
         write_report(tmp_path)
     (tmp_path / "config.yaml").unlink()
-    for content in ("[]", '{"columns": ["a"]}', '{"columns": [], "rows": [1]}'):
+    for content in (
+        "[]", '{"columns": ["a"]}', '{"columns": [], "rows": [1]}',
+        '{"columns": [], "rows": [], "step": "3"}',
+    ):  # fmt: skip
         (tmp_path / "evaluation.json").write_text(content)
         with pytest.raises(UserError, match=r"evaluation.json: must be"):
             write_report(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, overload
 
@@ -54,22 +54,71 @@ def _logits(
         return llama.logits(params, x_BTD)
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A model whose parameters are in memory, in `dtype`, in which it also computes.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OpenedModel:
+    """A model of which no parameter is in memory: what can be checked before `load` reads them.
 
-    params: the layout of `llamapro_jax.model.llama`. tokenizer: None when there is none beside the
-    model. source: where the tensors came from. base_altered_by: the training after which the model
-    without its new blocks is not the original any more, an entry of the lineage; None: it is.
+    tokenizer: None when there is none beside the model. source: where the tensors come from.
+    dtype: that of the parameters in memory and of the computation. base_altered_by: the training
+    after which the model without its new blocks is not the original any more, an entry of the
+    lineage; None: it is.
     """
 
     config: ModelConfig
     plan: ExpansionPlan
-    params: llama.Params = field(repr=False)
     tokenizer: Tokenizer | None = field(repr=False)
     source: Source = field(repr=False)
     dtype: np.dtype = np.dtype(np.float32)
     base_altered_by: Mapping[str, Any] | None = None
+
+    def load(self) -> Model:
+        """Reads the parameters into memory."""
+        opened = {one.name: getattr(self, one.name) for one in fields(OpenedModel)}
+        return Model(**opened, params=load_params(self.source, lambda stack, weight: self.dtype))
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError that names the files looked for when there is none."""
+        return self.tokenizer or load_tokenizer(self.source.directory)
+
+    def check_tokens(self, tokens_BT: Any) -> np.ndarray:
+        """`tokens_BT` as int32 [B, T]. Raises UserError for another shape, type or range."""
+        try:
+            array = np.asarray(tokens_BT)
+        except ValueError:
+            raise UserError("tokens: rows differ in length; pad them to one length.") from None
+        if array.ndim != 2 or array.size == 0:
+            raise UserError(
+                f"tokens: have shape {list(array.shape)}; they must be [B, T], neither being 0."
+            )
+        if not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"tokens: are {array.dtype}; they must be integers.")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise UserError(
+                f"tokens: id {low if low < 0 else high} is not in the vocabulary, which has "
+                f"{self.config.vocab_size} (0 to {self.config.vocab_size - 1})."
+            )
+        return array.astype(np.int32)
+
+    def check_new_blocks(self, new_blocks: bool) -> None:
+        """Raises UserError when leaving the new blocks out would not give the original."""
+        if not new_blocks and self.base_altered_by is not None:
+            raise UserError(
+                f"{self.source.path}: the base was trained too "
+                f"(trainable: {', '.join(self.base_altered_by['trainable'])}), so without the new "
+                f"blocks this is not the original; load {self.base_altered_by['source']} instead."
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model(OpenedModel):
+    """A model whose parameters are in memory. params: the layout of `llamapro_jax.model.llama`."""
+
+    params: llama.Params = field(repr=False)
+
+    def load(self) -> Model:
+        """Itself."""
+        return self
 
     def logits(self, tokens_BT: Any, *, new_blocks: bool = True) -> jax.Array:
         """Scores of the next token at each position, [B, T, V] float32.
@@ -135,39 +184,6 @@ class Model:
             return generate.stream_text(self, prompt, **options)
         return generate.stream_tokens(self, prompt, **options)
 
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises UserError that names the files looked for when there is none."""
-        return self.tokenizer or load_tokenizer(self.source.directory)
-
-    def check_tokens(self, tokens_BT: Any) -> np.ndarray:
-        """`tokens_BT` as int32 [B, T]. Raises UserError for another shape, type or range."""
-        try:
-            array = np.asarray(tokens_BT)
-        except ValueError:
-            raise UserError("tokens: rows differ in length; pad them to one length.") from None
-        if array.ndim != 2 or array.size == 0:
-            raise UserError(
-                f"tokens: have shape {list(array.shape)}; they must be [B, T], neither being 0."
-            )
-        if not np.issubdtype(array.dtype, np.integer):
-            raise UserError(f"tokens: are {array.dtype}; they must be integers.")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise UserError(
-                f"tokens: id {low if low < 0 else high} is not in the vocabulary, which has "
-                f"{self.config.vocab_size} (0 to {self.config.vocab_size - 1})."
-            )
-        return array.astype(np.int32)
-
-    def check_new_blocks(self, new_blocks: bool) -> None:
-        """Raises UserError when leaving the new blocks out would not give the original."""
-        if not new_blocks and self.base_altered_by is not None:
-            raise UserError(
-                f"{self.source.path}: the base was trained too "
-                f"(trainable: {', '.join(self.base_altered_by['trainable'])}), so without the new "
-                f"blocks this is not the original; load {self.base_altered_by['source']} instead."
-            )
-
 
 def load(
     path: str,
@@ -187,6 +203,20 @@ def load(
     Raises:
       UserError: what is wrong with the files or an argument, and the mend.
     """
+    return open_model(
+        path, dtype=dtype, generation=generation, strength=strength, allow_bin=allow_bin
+    ).load()
+
+
+def open_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    generation: int | None = None,
+    strength: float = 1.0,
+    allow_bin: bool = False,
+) -> OpenedModel:
+    """`load` but for the parameters, which the result's `load` reads."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     whole = open_source(str(path), allow_bin=allow_bin, masters=True)
@@ -201,14 +231,12 @@ def load(
         )
     if strength != 1.0:
         source = Strength(source, strength)
-    kind = np.dtype(jnp.dtype(dtype))
     found = find_tokenizer(source.directory)
-    return Model(
+    return OpenedModel(
         config=source.config,
         plan=source.plan,
-        params=load_params(source, lambda stack, weight: kind),
         tokenizer=load_tokenizer(source.directory) if found else None,
         source=source,
-        dtype=kind,
+        dtype=np.dtype(jnp.dtype(dtype)),
         base_altered_by=altered_by(whole, generation - 1),
     )

@@ -4,7 +4,7 @@ Each text is a UTF-8 file, a .jsonl with a field `text`, or a directory of them.
 blocks is measured with them on, off (the base, bit for bit), and at each --strength between.
 Unshifted, marginal and shifted are the shares of positions whose most likely token is first,
 second or third, or later under the base; KL is from the base, in nats a token. For a run the table
-is also kept in RUN/evaluation.json, where `llamapro report` finds it.
+is also kept in RUN/evaluation.json with the step of the run, where `llamapro report` finds it.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     texts = parse_texts(args.text)
-
-    from pathlib import Path
+    if args.json:
+        check_output(args.json)
 
     from llamapro_jax.data.text import text_files
 
-    for path in texts.values():  # a text that is missing is found before the model is read
+    for path in texts.values():  # a text that is missing is found before the model is opened
         text_files(path)
 
     from llamapro_jax.evaluate import as_json, as_table, default_sequence_length, evaluate
     from llamapro_jax.files import write_json
-    from llamapro_jax.model.api import load
-    from llamapro_jax.training.run_directory import is_run
+    from llamapro_jax.model.api import open_model
+    from llamapro_jax.training.run_directory import RunSource
 
     options = {"dtype": args.dtype, "allow_bin": args.allow_bin}
-    model = load(args.model, generation=args.generations, **options)
-    base = load(args.base, **options) if args.base else None
+    model = open_model(args.model, generation=args.generations, **options)
+    base = open_model(args.base, **options) if args.base else None
     strengths = None
     if args.strength:
         strengths = sorted({1.0, *args.strength, 0.0}, reverse=True)
@@ -90,19 +90,34 @@ def run(args: argparse.Namespace) -> None:
     title = f"{args.model} in {args.dtype}, rows of {length} tokens"
     if args.generations is not None:
         title += f", after {args.generations} expansions"
-    print_table(as_table(results), title)
+    table = as_table(results)
+    print_table(table, title)
+    about = {
+        "model": args.model,
+        "step": model.source.step if isinstance(model.source, RunSource) else None,
+        "base": args.base,
+        "generations": args.generations,
+        "dtype": args.dtype,
+        "sequence_length": length,
+        "max_rows": args.max_rows,
+    }
+    if isinstance(model.source, RunSource):
+        shown = {"title": title, "step": about["step"], "max_rows": args.max_rows}
+        write_json(model.source.directory / "evaluation.json", {**shown, **table})
     if args.json:
-        about = {
-            "model": args.model,
-            "base": args.base,
-            "generations": args.generations,
-            "dtype": args.dtype,
-            "sequence_length": length,
-            "max_rows": args.max_rows,
-        }
         write_json(args.json, {**about, "results": as_json(results)})
-    if is_run(args.model) and args.generations is None:
-        write_json(Path(args.model) / "evaluation.json", as_table(results))
+
+
+def check_output(path: str) -> None:
+    """Raises UserError when a file cannot be written at `path`."""
+    from pathlib import Path
+
+    from llamapro_jax.errors import UserError
+
+    if Path(path).is_dir():
+        raise UserError(f"--json {path}: is a directory; name the file to write, such as out.json.")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"--json {path}: {Path(path).parent} is not a directory; make it first.")
 
 
 def parse_texts(arguments: Sequence[str]) -> dict[str, str]:

@@ -37,18 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamapro_jax.model.api import load
+    from llamapro_jax.generate import check_length, prompt_ids
+    from llamapro_jax.model.api import open_model
     from llamapro_jax.sampling import Sampling
 
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)  # checked before a model loads
-    model = load(
+    opened = open_model(
         args.model,
         dtype=args.dtype,
         generation=args.generations,
         strength=args.strength,
         allow_bin=args.allow_bin,
     )
-    pieces = model.stream(
+    check_length(opened, prompt_ids(opened, args.prompt), args.max_tokens)
+    pieces = opened.load().stream(
         args.prompt,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
