@@ -1,4 +1,4 @@
-"""What a model is, without reading its weights: blocks, generations, parameters, bytes."""
+"""What a model is: blocks, generations, parameters, bytes. No weights but what opening it reads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Print what a model is: each block, base or new, copied from which, of which generation.
 
-MODEL is a Flax checkpoint, a run, or a Hugging Face directory. No weights are read.
+MODEL is a Flax checkpoint, a run, or a Hugging Face directory. No weights are read, but for a run
+whose model is a Hugging Face directory: that one is hashed, to see that it is still the same.
 """
 
 from __future__ import annotations
