@@ -15,6 +15,7 @@ from typing import Any, Literal
 from llamapro_jax import typed_yaml
 from llamapro_jax.errors import nearest
 from llamapro_jax.files import atomic_write
+from llamapro_jax.model.config import AttentionChoice
 from llamapro_jax.typed_yaml import option, validate
 
 __all__ = [
@@ -211,6 +212,12 @@ class TrainingConfig:
     keep: int = option("Number of checkpoints kept, the newest.", 2)
     loss_chunk: int = option(
         "Tokens whose logits exist at the same time; smaller takes less memory.", 1024
+    )
+    attention: AttentionChoice = option(
+        "Who computes attention: `auto` takes a fused kernel that runs here and fits the shape "
+        "(TPU: `splash`; GPU: `cudnn` or `pallas_gpu`; CPU: `blockwise` from 512 tokens on), and "
+        "the log says which; a choice that cannot run is an error.",
+        "auto",
     )
     remat: Literal["none", "full"] = option(
         "`none`: keep the activations that the backward pass needs; `full`: keep each block's "

@@ -12,23 +12,25 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llamapro_jax.errors import UserError, nearest
+from llamapro_jax.model.config import AttentionChoice
 from llamapro_jax.model.kernels import RESIDUALS, Problem
 
-Implementation = Literal["auto", "reference", "blockwise", "splash", "pallas_gpu", "cudnn"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+IMPLEMENTATIONS: tuple[AttentionChoice, ...] = get_args(AttentionChoice)
 
 # What `auto` tries, in this order; the last one runs anywhere.
-PREFERRED: dict[str, tuple[Implementation, ...]] = {
+PREFERRED: dict[str, tuple[AttentionChoice, ...]] = {
     "tpu": ("splash", "blockwise"),
     "gpu": ("cudnn", "pallas_gpu", "blockwise"),
     "cpu": ("blockwise",),
 }
+# Below this length a CPU gains little by blocks, and the scores of all pairs take little memory.
+CPU_BLOCKWISE_LENGTH = 512
 # The primitive of cuDNN's forward pass: jax gives its residuals no name of ours.
 CUDNN_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
@@ -77,7 +79,7 @@ def attention(
     *,
     segment_ids_BT: jax.Array | None = None,
     sliding_window: int | None = None,
-    implementation: Implementation = "auto",
+    implementation: AttentionChoice = "auto",
     platform: str | None = None,
 ) -> jax.Array:
     """Causal self-attention over packed rows, [B, T, H, C] in the dtype of `q`.
@@ -148,6 +150,8 @@ def choose(implementation: str, problem: Problem) -> str:
         )
     if implementation == "auto":
         candidates = PREFERRED.get(problem.platform, ("blockwise",))
+        if problem.platform == "cpu" and problem.length < CPU_BLOCKWISE_LENGTH:
+            candidates = ("reference",)
         name = next(name for name in candidates if obstacle(name, problem) is None)
         _log_once(name, problem)
         return name

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# Who computes attention; `model.attention` says what each needs.
+AttentionChoice = Literal["auto", "reference", "blockwise", "splash", "pallas_gpu", "cudnn"]
 Architecture = Literal["LlamaForCausalLM", "MistralForCausalLM"]
 ARCHITECTURES: tuple[Architecture, ...] = ("LlamaForCausalLM", "MistralForCausalLM")
 

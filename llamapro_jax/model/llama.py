@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from llamapro_jax.expansion import Segment
+from llamapro_jax.model.attention import attention as fused_attention
 from llamapro_jax.model.attention import attention_mask, reference_attention
-from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.config import AttentionChoice, ModelConfig
 from llamapro_jax.model.rope import apply_rope, rope_tables
 from llamapro_jax.model.weights import BLOCK_BY_NAME
 
@@ -37,13 +38,15 @@ class KeyValues(NamedTuple):
 class Context(NamedTuple):
     """What every block of one forward pass shares.
 
-    write_at: with a key/value cache, the slot of the first query; else None.
+    mask_BTS: for the reference; a fused kernel takes the segments instead. write_at: with a
+    key/value cache, the slot of the first query; else None.
     """
 
     cos_BTC: jax.Array
     sin_BTC: jax.Array
     mask_BTS: jax.Array
     write_at: jax.Array | None = None
+    segment_ids_BT: jax.Array | None = None
 
 
 INITIALIZERS = {
@@ -63,10 +66,12 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 class Block(nn.Module):
     """One Transformer block: attention and SwiGLU, each added to its input.
 
-    Base and inserted blocks are the same module; only their parameters differ.
+    Base and inserted blocks are the same module; only their parameters differ. attention_choice:
+    who computes attention over whole rows; with a cache it is the reference.
     """
 
     config: ModelConfig
+    attention_choice: AttentionChoice = "reference"
 
     def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
         row = BLOCK_BY_NAME[name]
@@ -104,7 +109,17 @@ class Block(nn.Module):
                 jax.lax.dynamic_update_slice(cache.v, v_BTKC.astype(cache.v.dtype), start),
             )
             k_BTKC, v_BTKC = cache
-        out_BTHC = reference_attention(q_BTHC, k_BTKC, v_BTKC, context.mask_BTS)
+        if cache is not None or self.attention_choice == "reference":
+            out_BTHC = reference_attention(q_BTHC, k_BTKC, v_BTKC, context.mask_BTS)
+        else:
+            out_BTHC = fused_attention(
+                q_BTHC,
+                k_BTKC,
+                v_BTKC,
+                segment_ids_BT=context.segment_ids_BT,
+                sliding_window=config.sliding_window,
+                implementation=self.attention_choice,
+            )
         out_BTD = jnp.einsum("BTHC,HCD->BTD", out_BTHC, self.weight("o", dtype))
         if config.attention_bias:
             out_BTD += self.weight("o_bias", dtype)
@@ -130,9 +145,10 @@ def apply_block(
     x_BTD: jax.Array,
     context: Context,
     cache: KeyValues | None = None,
+    attention: AttentionChoice = "reference",
 ) -> tuple[jax.Array, KeyValues | None]:
     """One block with the given leaves (unstacked). [B, T, D] in, [B, T, D] and the cache out."""
-    return Block(config).apply({"params": leaves}, x_BTD, context, cache)
+    return Block(config, attention).apply({"params": leaves}, x_BTD, context, cache)
 
 
 def run_blocks(
@@ -190,19 +206,23 @@ def hidden_states(
     dtype: jnp.dtype,
     with_new: bool = True,
     remat: Remat = "none",
+    attention: AttentionChoice = "reference",
 ) -> jax.Array:
     """The final normed hidden states, [B, T, D] in `dtype`.
 
     Tokens attend to earlier ones of their own segment. with_new=False: without the inserted
-    blocks. remat "full" keeps only each block's input for the backward pass.
+    blocks. remat "full" keeps only each block's input for the backward pass. attention: who
+    computes it, see `model.attention`.
     """
     mask_BTT = attention_mask(
         positions_BT, positions_BT, segment_ids_BT, segment_ids_BT, config.sliding_window
     )
-    context = Context(*rope_tables(config, positions_BT), mask_BTT)
+    context = Context(
+        *rope_tables(config, positions_BT), mask_BTT, segment_ids_BT=segment_ids_BT
+    )
 
     def body(x_BTD: jax.Array, leaves: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        x_BTD, _ = apply_block(config, leaves, x_BTD, context)
+        x_BTD, _ = apply_block(config, leaves, x_BTD, context, attention=attention)
         return x_BTD, None
 
     if remat == "full":

@@ -31,6 +31,7 @@ from llamapro_jax.model.params import load_params
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.training.evaluation import held_out_loss
+from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
 from llamapro_jax.training.setup import Setup, finished, prepare
 from llamapro_jax.training.state import (
@@ -60,8 +61,12 @@ def train(config: RunConfig) -> Path:
     if summary is not None:
         print(f"{directory}: is finished ({summary['steps']} steps). {_frozen_line(summary)}.")
         return directory
-    with StopSignals() as stop:
-        _run(prepare(config), stop)
+    with StopSignals() as stop, RunLock() as lock:
+        with stop.at_once(
+            f"{directory}: stopped while it was prepared. Run the same command again to go on."
+        ):
+            setup = prepare(config, lock)
+        _run(setup, stop)
     return directory
 
 
@@ -122,7 +127,11 @@ def _run(setup: Setup, stop: StopSignals) -> None:
             stop=stop,
             seconds=seconds,
             evaluate_step=build_eval_step(
-                source.config, source.plan, dtype, loss_chunk=config.training.loss_chunk
+                source.config,
+                source.plan,
+                dtype,
+                loss_chunk=config.training.loss_chunk,
+                attention=config.training.attention,
             ),
             step=setup.resume_step or 0,
             saved=setup.resume_step,

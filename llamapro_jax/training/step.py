@@ -20,7 +20,7 @@ from llamapro_jax.config import RunConfig
 from llamapro_jax.data.rows import targets_and_weights
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.loss import summed_cross_entropy
-from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.config import AttentionChoice, ModelConfig
 from llamapro_jax.model.llama import Params, Remat, head_weight, hidden_states
 from llamapro_jax.optimizer import build_schedule
 from llamapro_jax.training.state import TrainState, merge
@@ -39,6 +39,7 @@ def summed_loss(
     loss_chunk: int,
     with_new: bool = True,
     remat: Remat = "none",
+    attention: AttentionChoice = "reference",
 ) -> jax.Array:
     """The sum of -log p over the batch's valid target tokens, a float32 scalar (nats).
 
@@ -55,6 +56,7 @@ def summed_loss(
         dtype=dtype,
         with_new=with_new,
         remat=remat,
+        attention=attention,
     )
     x_ND = x_BTD.reshape(-1, config.hidden_size)
     return summed_cross_entropy(
@@ -140,6 +142,7 @@ def build_train_step(
                 dtype=jnp.dtype(run.compute_dtype),
                 loss_chunk=run.training.loss_chunk,
                 remat=run.training.remat,
+                attention=run.training.attention,
             )
             return nll * scale
 
@@ -163,6 +166,7 @@ def build_eval_step(
     compute_dtype: Any,
     with_new: bool = True,
     loss_chunk: int = 1024,
+    attention: AttentionChoice = "reference",
 ) -> Callable[[Params, Batch], Metrics]:
     """A jitted `(params, batch) -> {"nll", "tokens"}`: summed loss (nats) and target tokens.
 
@@ -179,6 +183,7 @@ def build_eval_step(
             dtype=jnp.dtype(compute_dtype),
             loss_chunk=loss_chunk,
             with_new=with_new,
+            attention=attention,
         )
         return {"nll": nll, "tokens": count_targets(batch)}
 
