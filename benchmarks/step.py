@@ -53,6 +53,8 @@ LOSS_TOLERANCE = 1e-3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0)
 
 Batch = dict[str, np.ndarray]
+# One figure a step, by contender.
+Figures = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ def main() -> int:
     if not args.no_torch and (other := torch_contender(config, plan, params, args.threads)):
         contenders.append(other)
     print_header(args, config)
-    seconds, losses = take_turns(contenders, batches)
-    print_table(contenders, seconds, config, plan, args)
+    seconds, cpu, losses = take_turns(contenders, batches)
+    print_table(contenders, seconds, cpu, config, plan, args)
     if "torch" in losses and not same_losses(losses):
         return 2
+    print(f"CPU seconds of new / all: {ratio(cpu, 'new', 'all'):.3f} (steadier on a busy machine)")
     return print_goals(seconds, config, plan, args)
 
 
@@ -242,19 +245,17 @@ def torch_contender(
     return Contender("torch", take)
 
 
-def take_turns(
-    contenders: list[Contender], batches: list[Batch]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and losses of the steps. The first batch warms up and is not timed."""
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    losses: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+def take_turns(contenders: list[Contender], batches: list[Batch]) -> tuple[Figures, ...]:
+    """Seconds, CPU seconds and losses of the steps. The first batch warms up and is not timed."""
+    seconds, cpu, losses = ({contender.name: [] for contender in contenders} for _ in range(3))
     for number, batch in enumerate(batches):
         for contender in contenders:
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             losses[contender.name].append(contender.step(batch))
             if number:
                 seconds[contender.name].append(time.perf_counter() - began)
-    return seconds, losses
+                cpu[contender.name].append(time.process_time() - cpu_began)
+    return seconds, cpu, losses
 
 
 def print_header(args: argparse.Namespace, config: ModelConfig) -> None:
@@ -268,14 +269,17 @@ def print_header(args: argparse.Namespace, config: ModelConfig) -> None:
 
 def print_table(
     contenders: list[Contender],
-    seconds: dict[str, list[float]],
+    seconds: Figures,
+    cpu: Figures,
     config: ModelConfig,
     plan: ExpansionPlan,
     args: argparse.Namespace,
 ) -> None:
     tokens = args.rows * args.length
-    print(f"{'trains':8}{'s/step':>9}{'min':>9}{'tokens/s':>11}{'useful GFLOP/s':>16}"
-          f"{'temporary MiB':>15}")
+    print(
+        f"{'':8}{'s/step':>9}{'CPU s':>9}{'tokens/s':>11}{'useful GFLOP/s':>16}"
+        f"{'temporary MiB':>15}"
+    )
     for contender in contenders:
         name = contender.name
         spec = ("all",) if name == "all" else ("new",)
@@ -283,13 +287,13 @@ def print_table(
         useful = rate * step_flops(config, plan, spec, args.length).total / 1e9
         memory = "" if contender.temporary is None else f"{contender.temporary / 2**20:.0f}"
         print(
-            f"{name:8}{statistics.median(seconds[name]):9.3f}{min(seconds[name]):9.3f}"
+            f"{name:8}{statistics.median(seconds[name]):9.3f}{statistics.median(cpu[name]):9.3f}"
             f"{rate:11.0f}{useful:16.1f}{memory:>15}"
         )
     print()
 
 
-def same_losses(losses: dict[str, list[float]]) -> bool:
+def same_losses(losses: Figures) -> bool:
     """Whether PyTorch did the same work: its losses are ours in every step, updates included."""
     pairs = zip(losses["new"], losses["torch"], strict=True)
     difference = max(abs(one - other) / abs(other) for one, other in pairs)
@@ -301,13 +305,13 @@ def same_losses(losses: dict[str, list[float]]) -> bool:
     return same
 
 
-def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
+def ratio(seconds: Figures, one: str, other: str) -> float:
     """The median over the rounds of the one's time as a share of the other's."""
     return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
 def print_goals(
-    seconds: dict[str, list[float]],
+    seconds: Figures,
     config: ModelConfig,
     plan: ExpansionPlan,
     args: argparse.Namespace,
