@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
-from llamapro_jax.training import loop
+from llamapro_jax.training import loop, setup
+from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_directory import RunRecord, open_run
 from llamapro_jax.training.stopping import Stopped
@@ -393,18 +395,170 @@ def test_other_texts_are_refused(work: Path, begun: Path) -> None:
     before = file.read_text()
     file.write_text(before + "one more line\n")
     try:
-        with pytest.raises(UserError, match="data.sources.words: its text .* changed since"):
-            train(config_of(work, begun))
+        refused(begun, config_of(work, begun), "data.sources.words: its text .* changed since")
     finally:
         file.write_text(before)
+
+
+def test_a_finished_run_is_not_one_of_another_base_plan_or_text(
+    work: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    def config(model: Path) -> Any:
+        return run_config(model, work / "texts", undisturbed)
+
+    refused(undisturbed, config(write_model(tmp_path, seed=5)), "on another base: ")
+    refused(undisturbed, config(work / "base"), "another plan")
+    refused(undisturbed, config(tmp_path / "none"), "none: no such directory")
+    refused(undisturbed, config_of(work, undisturbed, seed=3), "seed: 0 -> 3")
+    file = work / "texts" / "held.txt"
+    before = file.read_text()
+    file.write_text(before + "one more line\n")
+    try:
+        refused(undisturbed, config(work / "model"), "data.eval.held: its text .* changed since")
+    finally:
+        file.write_text(before)
+
+
+def test_a_finished_run_remembers_where_its_model_went(
+    work: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (tmp_path / "elsewhere").symlink_to(work / "model")
+    train(run_config(tmp_path / "elsewhere", work / "texts", run))
+    assert "is finished" in capsys.readouterr().out
+    assert RunRecord.read(run).model == str(tmp_path / "elsewhere")
+
+
+# ------------------------------------------------------------------- two processes, and a stop
+
+
+def test_two_processes_do_not_train_in_one_directory(
+    work: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = config_of(work, run)
+    save_config(config, tmp_path / "config.yaml")
+    script = f"""
+import signal
+from llamapro_jax.config import load_config
+from llamapro_jax.metrics import MetricsWriter
+from llamapro_jax.training.loop import train
+def write(self, *_, **__):
+    print("training", flush=True)
+    signal.pause()
+MetricsWriter.write = write
+train(load_config({str(tmp_path / "config.yaml")!r}))
+"""
+    root = Path(loop.__file__).parents[2]
+    first = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None
+        assert any(line == "training\n" for line in first.stdout)
+        refused(run, config, "run: another process trains here; wait until it ends")
+    finally:
+        first.kill()
+        first.communicate()
+    train(config)
+    assert_same_run(run, undisturbed)
+
+
+def test_of_two_new_runs_in_one_directory_the_second_is_refused(
+    work: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    open_data = setup._open_data
+
+    def overtaken(*arguments: Any) -> Any:
+        shutil.copytree(begun, run)
+        return open_data(*arguments)
+
+    monkeypatch.setattr(setup, "_open_data", overtaken)
+    with pytest.raises(UserError, match="run: another process trains here"):
+        train(config_of(work, run))
+    assert digests(run) == digests(begun)
+    assert list(tmp_path.iterdir()) == [run]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_preparation_at_once(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    def slow(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(setup, "_open_data", slow)
+    with pytest.raises(Stopped, match="stopped while it was prepared") as stopped:
+        train(config_of(work, tmp_path / "run"))
+    assert stopped.value.status == status
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------- settings and their effect
+
+
+def test_eval_batches_limits_an_evaluation(work: Path, tmp_path: Path) -> None:
+    changes = {**SHORT, "data__eval": [{"name": "held", "path": str(work / "texts/held.txt")}]}
+    run = train(config_of(work, tmp_path / "run", training__eval_batches=1, **changes))
+    rows = json.loads(next((run / "data").glob("held-*/fingerprint.json")).read_text())
+    assert rows["rows"] > 4
+    found = [record["tokens"] for record in read_metrics(run) if record["kind"] == "eval"]
+    assert len(found) == 2 and all(0 < tokens <= 4 * 31 for tokens in found)
+
+
+def prepared(work: Path, output: Path, **changes: Any) -> setup.Data:
+    with RunLock() as lock:
+        return setup.prepare(config_of(work, output, **changes), lock).data
+
+
+def test_the_cache_directory_has_the_texts(work: Path, tmp_path: Path) -> None:
+    prepared(work, tmp_path / "run", data__cache_directory=str(tmp_path / "cache"))
+    assert not (tmp_path / "run" / "data").exists()
+    names = {entry.name.partition("-")[0] for entry in (tmp_path / "cache").iterdir()}
+    assert names == {"train", "old", "held"}
+
+
+def test_the_seed_orders_the_rows(work: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    first, again, other = (
+        prepared(work, tmp_path / name, seed=seed, data__cache_directory=cache)
+        .mixture.batch(0)["tokens"]
+        .tobytes()
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first == again != other
+
+
+def test_split_and_weight_choose_the_rows(work: Path, tmp_path: Path) -> None:
+    texts = work / "texts"
+    sources = [
+        {"name": "much", "path": str(texts / "train.txt"), "weight": 3, "split": "train[:10%]"},
+        {"name": "little", "path": str(texts / "old.txt")},
+    ]
+    held = [
+        {"name": "rest", "path": str(texts / "train.txt"), "split": "train[10%:]"},
+        {"name": "held", "path": str(texts / "held.txt")},
+    ]
+    data = prepared(work, tmp_path / "run", data__sources=sources, data__eval=held)
+    steps = [data.mixture.batch(step) for step in range(100)]
+    chosen = np.concatenate([batch["source"] for batch in steps])
+    assert np.bincount(chosen).tolist() == [300, 100]
+    rows = json.loads(next((tmp_path / "run/data").glob("train-*/fingerprint.json")).read_text())
+    trained = np.concatenate([batch["tokens"] for batch in steps])[chosen == 0]
+    distinct = {row.tobytes() for row in trained}
+    rest = data.held_out["rest"]
+    held_out = {rest[i]["tokens"].tobytes() for i in range(len(rest))}
+    assert len(distinct) == rows["rows"] - len(rest) < rows["rows"] / 5
+    assert not distinct & held_out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_refused_and_the_mend_works(
     work: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     (run / "summary.json").unlink()
@@ -456,8 +610,6 @@ def test_bad_text_is_refused_and_leaves_nothing(
 
 
 def test_text_for_a_model_without_a_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(work / "model", model, ignore=shutil.ignore_patterns("*token*"))
     fails(tmp_path / "run", run_config(model, work / "texts", tmp_path / "run"), "has none")

@@ -67,13 +67,7 @@ def prepare_text(
     """
     path = Path(path)
     files = text_files(path)
-    identity = {
-        "format": _FORMAT,
-        "tokenizer": tokenizer.fingerprint,
-        "sequence_length": sequence_length,
-        "files": {_name_within(path, file): _sha256(file) for file in files},
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    identity, digest = _identity(path, files, tokenizer, sequence_length)
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.resolve().stem).strip("-.") or "text"
     target = Path(destination) / f"{stem}-{digest[:12]}"
     if _is_prepared(target, digest):
@@ -96,10 +90,29 @@ def prepare_text(
     return target
 
 
+def text_fingerprint(path: str | Path, tokenizer: Tokenizer, sequence_length: int) -> str:
+    """The `fingerprint` that `prepare_text` records, without preparing anything."""
+    path = Path(path)
+    return _identity(path, text_files(path), tokenizer, sequence_length)[1]
+
+
 def read_fingerprint(directory: str | Path) -> dict[str, Any] | None:
     """The content of a prepared data set's `fingerprint.json`; None for one made by others."""
     file = Path(directory) / FINGERPRINT_FILE
     return read_json(file) if file.is_file() else None
+
+
+def _identity(
+    path: Path, files: Sequence[Path], tokenizer: Tokenizer, sequence_length: int
+) -> tuple[dict[str, Any], str]:
+    """What decides the rows, and the hash of it."""
+    identity = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "sequence_length": sequence_length,
+        "files": {_name_within(path, file): _sha256(file) for file in files},
+    }
+    return identity, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _is_prepared(target: Path, digest: str) -> bool:

@@ -1,12 +1,14 @@
 """Everything that can be wrong with a run, found before anything expensive begins.
 
 The order is from cheap to dear: the configuration, a run that is there already, the model's
-architecture and plan, whether the texts exist, then the hash of the model and the preparation of
-the texts. A new run directory appears whole, with its texts prepared, or not at all.
+architecture and plan, whether the texts exist. A new run then prepares its texts and takes the hash
+of the model; one that goes on compares the hash of the model and those of the texts before it opens
+them. A new run directory appears whole, with its texts prepared, or not at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from llamapro_jax.config import (
 from llamapro_jax.data.dataset import Rows
 from llamapro_jax.data.dataset import open_source as open_rows_of
 from llamapro_jax.data.mixture import Mixture
+from llamapro_jax.data.prepare import text_fingerprint
 from llamapro_jax.data.text import text_files
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_directory, read_json, require_new_directory, write_json
@@ -32,6 +35,7 @@ from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
 from llamapro_jax.sources import Source, open_source
+from llamapro_jax.training.lock import RunLock, taken
 from llamapro_jax.training.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -69,7 +73,9 @@ class Setup:
 def finished(config: RunConfig) -> dict[str, Any] | None:
     """The summary of the run in `config.output` when it is this one and done.
 
-    Raises UserError when the directory holds a run of other settings, or anything but a run.
+    Raises UserError when the directory holds anything but a run, or a run of other settings, and
+    a finished one of another model or other texts. Of a model that is where it was, the hash is
+    not taken again.
     """
     directory = Path(config.output)
     if not is_run(directory):
@@ -78,34 +84,41 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     _check_config(config, directory)
     steps = committed_steps(directory / CHECKPOINTS)
     summary = directory / SUMMARY_FILE
-    if steps and steps[-1] == config.training.steps and summary.is_file():
-        return read_json(summary)
-    return None
+    if not (steps and steps[-1] == config.training.steps and summary.is_file()):
+        return None
+    record, tokenizer_directory = RunRecord.read(directory), directory
+    place = _place(config.model)
+    if place != record.model or (Path(place).is_absolute() and not Path(place).is_dir()):
+        source = open_source(config.model)
+        record, tokenizer_directory = _check_model(directory, source), source.directory
+        _update(config, directory, record)
+    _check_texts_are_same(config, directory, record, _tokenizer(tokenizer_directory))
+    return read_json(summary)
 
 
-def prepare(config: RunConfig) -> Setup:
-    """Opens the model, the texts and the run directory. Raises UserError for all bad input.
+def prepare(config: RunConfig, lock: RunLock) -> Setup:
+    """Opens the model, the texts and the run directory, and takes the lock of the latter.
 
-    `config` is valid and `finished(config)` raised nothing.
+    `config` is valid and `finished(config)` raised nothing. Raises UserError for all bad input,
+    and when another process trains in the directory.
     """
     directory = Path(config.output)
     source = open_source(config.model, masters=True)
     check_spec(config.trainable, source.config, source.plan)
     _check_length(config, source)
     _check_texts(config)
-    tokenizer = load_tokenizer(source.directory) if find_tokenizer(source.directory) else None
+    tokenizer = _tokenizer(source.directory)
     if not is_run(directory):
-        _create(config, directory, source, tokenizer)
+        _create(config, directory, source, tokenizer, lock)
         record = RunRecord.read(directory)
         data = _open_data(config, directory, source, tokenizer)
     else:
+        lock.take(directory)
         record = _check_model(directory, source)
+        _check_texts_are_same(config, directory, record, tokenizer)
         data = _open_data(config, directory, source, tokenizer)
-        _check_data(directory, record, data)
-        # What may change has its new value from here on; a model that moved, its new place.
-        record = replace(record, model=_place(config.model))
-        record.write(directory)
-        save_config(config, directory / CONFIG_FILE)
+        _check_same(directory, record, data.fingerprints)
+        record = _update(config, directory, record)
     steps = committed_steps(directory / CHECKPOINTS)
     return Setup(config, directory, source, record, data, steps[-1] if steps else None)
 
@@ -169,8 +182,22 @@ def _check_model(directory: Path, source: Source) -> RunRecord:
     return record
 
 
-def _check_data(directory: Path, record: RunRecord, data: Data) -> None:
-    for name, fingerprint in data.fingerprints.items():
+def _check_texts_are_same(
+    config: RunConfig, directory: Path, record: RunRecord, tokenizer: Tokenizer | None
+) -> None:
+    """Compares the texts, and the tokenizer, with those that the run began with."""
+    if tokenizer is None:
+        return
+    texts = [(where, entry.path) for where, entry in _entries(config) if entry.kind == "text"]
+    length = config.data.sequence_length
+    found = {where: text_fingerprint(path, tokenizer, length) for where, path in texts}
+    _check_same(directory, record, found)
+
+
+def _check_same(
+    directory: Path, record: RunRecord, fingerprints: Mapping[str, str | None]
+) -> None:
+    for name, fingerprint in fingerprints.items():
         if fingerprint != record.data.get(name):
             raise UserError(
                 f"data.{name}: its text or tokenizer changed since the run in {directory} began, "
@@ -184,6 +211,18 @@ def _check_data(directory: Path, record: RunRecord, data: Data) -> None:
 def _place(model: str) -> str:
     path = Path(model).expanduser()
     return str(path.absolute()) if path.is_dir() else model
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    return load_tokenizer(directory) if find_tokenizer(directory) else None
+
+
+def _update(config: RunConfig, directory: Path, record: RunRecord) -> RunRecord:
+    """Records the new values of what may change, and the new place of a model that moved."""
+    record = replace(record, model=_place(config.model))
+    record.write(directory)
+    save_config(config, directory / CONFIG_FILE)
+    return record
 
 
 def _open_data(
@@ -217,9 +256,29 @@ def _open_data(
 
 
 def _create(
-    config: RunConfig, directory: Path, source: Source, tokenizer: Tokenizer | None
+    config: RunConfig,
+    directory: Path,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    lock: RunLock,
+) -> None:
+    try:
+        _write_new(config, directory, source, tokenizer, lock)
+    except (OSError, UserError):
+        if is_run(directory):  # The same command, at the same time, was first.
+            raise taken(directory) from None
+        raise
+
+
+def _write_new(
+    config: RunConfig,
+    directory: Path,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    lock: RunLock,
 ) -> None:
     with atomic_directory(directory) as temporary:
+        lock.take(temporary)
         data = _open_data(config, temporary, source, tokenizer)
         fingerprint = source.fingerprint()
         trained = lineage_entry(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -12,8 +14,11 @@ from typing import Any
 STATUS = {signal.SIGTERM: 42, signal.SIGINT: 130}
 
 
-class Stopped(Exception):
-    """The run was asked to stop and did, with what it had done saved. `status`: to exit with."""
+class Stopped(BaseException):
+    """The run was asked to stop and did, with what it had done saved. `status`: to exit with.
+
+    Like KeyboardInterrupt no `Exception`, so that no library swallows it.
+    """
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -23,12 +28,15 @@ class Stopped(Exception):
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT only sets `requested`; the second one acts.
 
+    Within `at_once` the first one raises `Stopped`: where no step is under way, nothing is lost.
+
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._message: str | None = None
 
     def requested(self) -> bool:
         return self.signal is not None
@@ -45,8 +53,19 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         signal.signal(number, self._before[self.signal])
+        if self._message is not None:
+            raise self.stopped(self._message)
         name = self.signal.name
         print(f"\n{name}: stopping after this step; once more to stop at once", file=sys.stderr)
+
+    @contextmanager
+    def at_once(self, message: str) -> Iterator[None]:
+        """While entered, a signal raises `Stopped(message)`."""
+        self._message = message
+        try:
+            yield
+        finally:
+            self._message = None
 
     def stopped(self, message: str) -> Stopped:
         assert self.signal is not None
