@@ -7,6 +7,8 @@ the configuration file. `docs/configuration.md` is generated from this module.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +48,8 @@ MAY_CHANGE_ON_RESUME = (
 """Settings (or whole sections) that a resumed run may change: none alters a trained weight."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_SLICE = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
 
 _PATH = "A text file or a directory of them; or the directory or name of a TFDS data set."
 _SPLIT = "The split of a TFDS data set; of a text, such as `train[:90%]`, that part of its rows."
@@ -118,10 +122,42 @@ class EvalSourceConfig:
     name: str = option("What the log and the report call this text.")
     path: str = option(_PATH)
     kind: Literal["text", "tfds"] = option("As for a source.", "text")
-    split: str = option(_SPLIT, "train")
+    split: str = option(
+        f"{_SPLIT} One that overlaps with a source's split of the same path is refused.", "train"
+    )
 
     def problems(self) -> Problems:
         yield from _not_empty(self, "path", "split")
+
+
+def _part(split: str) -> tuple[str, str | None, float, float] | None:
+    """Name, unit (None: the whole), start and stop of a split; None of one that is not plain."""
+    match = _SLICE.fullmatch(split)
+    if match is None:
+        return None
+    name, start, start_unit, stop, stop_unit = match.groups()
+    units = {unit for unit in (start_unit, stop_unit) if unit is not None}
+    if len(units) > 1:
+        return None
+    return name, next(iter(units), None), int(start or 0), int(stop) if stop else math.inf
+
+
+def _overlap(source: SourceConfig, held_out: EvalSourceConfig) -> bool:
+    """Whether both read one path, and their splits can be seen to have rows in common.
+
+    Seen is what `name`, `name[A:B]` and `name[A%:B%]` say. Rows are not compared with per cent.
+    """
+    if os.path.realpath(source.path) != os.path.realpath(held_out.path):
+        return False
+    one, other = _part(source.split), _part(held_out.split)
+    if one is None or other is None:
+        return source.split == held_out.split
+    (name, unit, start, stop), (other_name, other_unit, other_start, other_stop) = one, other
+    if name != other_name:
+        return False
+    if None in (unit, other_unit):
+        return True
+    return unit == other_unit and max(start, other_start) < min(stop, other_stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +178,16 @@ class DataConfig:
             yield "sources", "names no text to train on; give at least one."
         yield from _names("sources", self.sources)
         yield from _names("eval", self.eval)
-        trained_on = {(s.path, s.split) for s in self.sources}
         for i, entry in enumerate(self.eval):
-            if (entry.path, entry.split) in trained_on:
-                what = f"{entry.path!r} ({entry.split})"
-                yield f"eval.{i}.path", f"{what} is trained on; name a text that is held out."
+            for source in self.sources:
+                if _overlap(source, entry):
+                    what = f"{entry.path!r} ({entry.split})"
+                    by = f"{source.name} has {source.path!r} ({source.split})"
+                    yield (
+                        f"eval.{i}.path",
+                        f"{what} is trained on: {by}; name a text that is held out.",
+                    )
+                    break
 
 
 @dataclasses.dataclass(frozen=True)

@@ -297,6 +297,38 @@ def test_values_that_make_no_run_are_refused(tmp_path, override, message):
     assert message in problem
 
 
+@pytest.mark.parametrize(
+    ("trained", "held_out", "refused"),
+    [
+        (("a.txt", "train"), ("./x/../a.txt", "train"), True),
+        (("a.txt", "train"), ("b.txt", "train"), False),
+        (("a.txt", "train"), ("a.txt", "train[:10%]"), True),
+        (("a.txt", "train[:]"), ("a.txt", "train[5:]"), True),
+        (("a.txt", "train[:90%]"), ("a.txt", "train[90%:]"), False),
+        (("a.txt", "train[:91%]"), ("a.txt", "train[90%:]"), True),
+        (("a.txt", "train[10:20]"), ("a.txt", "train[15:30]"), True),
+        (("a.txt", "train[10:20]"), ("a.txt", "train[20:30]"), False),
+        (("a.txt", "train[:20]"), ("a.txt", "train[50%:]"), False),
+        (("a.txt", "train"), ("a.txt", "test"), False),
+        (("a.txt", "train[-5:]"), ("a.txt", "train[-5:]"), True),
+        (("a.txt", "train[-5:]"), ("a.txt", "train[:5]"), False),
+    ],
+)
+def test_a_held_out_text_that_is_trained_on_is_refused(tmp_path, trained, held_out, refused):
+    def entry(name, path, split):
+        return f"{{name: {name}, path: {path}, split: '{split}'}}"
+
+    overrides = [
+        f"data.sources=[{entry('seen', *trained)}]",
+        f"data.eval=[{entry('unseen', *held_out)}]",
+    ]
+    if not refused:
+        load(tmp_path, MINIMAL, *overrides, cls=RunConfig)
+        return
+    (problem,) = problems_of(tmp_path, MINIMAL, *overrides, cls=RunConfig)
+    assert "is trained on: seen has 'a.txt'" in problem
+
+
 def test_rules_between_settings(tmp_path):
     wsd = ["optimizer.schedule=wsd", "optimizer.warmup_ratio=0.5", "optimizer.decay_ratio=0.6"]
     (problem,) = problems_of(tmp_path, MINIMAL, *wsd, cls=RunConfig)
