@@ -71,3 +71,15 @@ def test_pallas_gpu_lowers_for_cuda(shape: str, dtype: str) -> None:
 def test_splash_lowers_for_tpu(shape: str, dtype: str) -> None:
     text = lowered("splash", "tpu", shape, dtype)
     assert text.count("stablehlo.custom_call @tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize("shape", ["llama2_7b", "llama3_8b", "mistral_7b"])
+def test_cudnn_lowers_for_cuda(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The library itself is asked for its version alone; it is not needed to lower.
+    library = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(library, lambda: 91000)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with hopper():
+        text = lowered("cudnn", "cuda", shape, "bfloat16", packed=False)
+    assert text.count("stablehlo.custom_call @__cudnn$fmhaSoftmax(") == 1
+    assert text.count("stablehlo.custom_call @__cudnn$fmhaSoftmaxBackward(") == 1

@@ -35,8 +35,10 @@ from llamapro_jax.model.kernels import (
 
 # Finite, so that a query which has seen nothing yet gives no NaN: its sums are scaled by 0 later.
 UNSEEN = -1e30
-# Queries times heads, and keys, of a block: scores that stay in the cache of a core.
-BLOCK = 256
+# Queries and keys of a block, as measured: a longer one skips less of the triangle and, times the
+# heads of a group, leaves the cache of a core; a shorter one has more overhead.
+BLOCK, LONG_BLOCK = 128, 256
+LONG = 1024
 SMALLEST_BLOCK = 16
 
 
@@ -63,8 +65,8 @@ def attention(
 
     block: queries and keys of a block, other than what suits the length.
     """
-    B, T = q_BTHC.shape[:2]
-    block = block or block_for(T)
+    B, T, H, _ = q_BTHC.shape
+    block = block or block_for(T, H // k_BTKC.shape[2])
     length = round_up(T, block)
     visible = visible_keys(segment_ids_BT, (B, T), sliding_window)
     operands = (pad_length(x, length) for x in (q_BTHC, k_BTKC, v_BTKC))
@@ -72,9 +74,10 @@ def attention(
     return _attention(inputs, block)[:, :T]
 
 
-def block_for(length: int) -> int:
-    """The size of a block: rows are cut evenly, so that little is padded."""
-    blocks = -(-length // BLOCK)
+def block_for(length: int, group: int) -> int:
+    """The size of a block, for G heads in a group. Rows are cut evenly: little is padded."""
+    longest = LONG_BLOCK if length > LONG and group == 1 else BLOCK
+    blocks = -(-length // longest)
     return round_up(-(-length // blocks), SMALLEST_BLOCK)
 
 

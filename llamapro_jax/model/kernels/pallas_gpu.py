@@ -94,7 +94,7 @@ def tiles_for(dtype: Any, head_dim: int) -> Tiles:
     float32 has no tensor cores here (TF32 would not be float32), so its tiles only have to fit.
     """
     if jnp.dtype(dtype).itemsize == 4:
-        return Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1))
+        return Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
     if head_dim <= 64:
         return Tiles(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
     return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
