@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,11 @@ def run_config(model: Path, texts: Path, output: Path, **changes: Any) -> RunCon
     values = settings(model, texts, output)
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     return load(RunConfig, None, overrides(values))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }

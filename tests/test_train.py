@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from runs import overrides, run_config, settings, write_model, write_texts
+from runs import digests, overrides, run_config, settings, write_model, write_texts
 
 from llamapro_jax import cli
 from llamapro_jax.checkpoint import committed_steps
@@ -25,8 +24,7 @@ from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
-from llamapro_jax.training import loop, setup
-from llamapro_jax.training.lock import RunLock
+from llamapro_jax.training import loop
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_directory import RunRecord, open_run
 from llamapro_jax.training.stopping import Stopped
@@ -62,14 +60,6 @@ def config_of(work: Path, output: Path, **changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(work: Path) -> Path:
     return train(config_of(work, work / "undisturbed"))
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -430,9 +420,6 @@ def test_a_finished_run_remembers_where_its_model_went(
     assert RunRecord.read(run).model == str(tmp_path / "elsewhere")
 
 
-# ------------------------------------------------------------------- two processes, and a stop
-
-
 def test_two_processes_do_not_train_in_one_directory(
     work: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -465,41 +452,6 @@ train(load_config({str(tmp_path / "config.yaml")!r}))
     assert_same_run(run, undisturbed)
 
 
-def test_of_two_new_runs_in_one_directory_the_second_is_refused(
-    work: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    open_data = setup._open_data
-
-    def overtaken(*arguments: Any) -> Any:
-        shutil.copytree(begun, run)
-        return open_data(*arguments)
-
-    monkeypatch.setattr(setup, "_open_data", overtaken)
-    with pytest.raises(UserError, match="run: another process trains here"):
-        train(config_of(work, run))
-    assert digests(run) == digests(begun)
-    assert list(tmp_path.iterdir()) == [run]
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_preparation_at_once(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
-) -> None:
-    def slow(*_: Any) -> None:
-        os.kill(os.getpid(), number)
-        raise AssertionError("went on")
-
-    monkeypatch.setattr(setup, "_open_data", slow)
-    with pytest.raises(Stopped, match="stopped while it was prepared") as stopped:
-        train(config_of(work, tmp_path / "run"))
-    assert stopped.value.status == status
-    assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------------- settings and their effect
-
-
 def test_eval_batches_limits_an_evaluation(work: Path, tmp_path: Path) -> None:
     changes = {**SHORT, "data__eval": [{"name": "held", "path": str(work / "texts/held.txt")}]}
     run = train(config_of(work, tmp_path / "run", training__eval_batches=1, **changes))
@@ -507,52 +459,6 @@ def test_eval_batches_limits_an_evaluation(work: Path, tmp_path: Path) -> None:
     assert rows["rows"] > 4
     found = [record["tokens"] for record in read_metrics(run) if record["kind"] == "eval"]
     assert len(found) == 2 and all(0 < tokens <= 4 * 31 for tokens in found)
-
-
-def prepared(work: Path, output: Path, **changes: Any) -> setup.Data:
-    with RunLock() as lock:
-        return setup.prepare(config_of(work, output, **changes), lock).data
-
-
-def test_the_cache_directory_has_the_texts(work: Path, tmp_path: Path) -> None:
-    prepared(work, tmp_path / "run", data__cache_directory=str(tmp_path / "cache"))
-    assert not (tmp_path / "run" / "data").exists()
-    names = {entry.name.partition("-")[0] for entry in (tmp_path / "cache").iterdir()}
-    assert names == {"train", "old", "held"}
-
-
-def test_the_seed_orders_the_rows(work: Path, tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    first, again, other = (
-        prepared(work, tmp_path / name, seed=seed, data__cache_directory=cache)
-        .mixture.batch(0)["tokens"]
-        .tobytes()
-        for name, seed in (("first", 0), ("again", 0), ("other", 1))
-    )
-    assert first == again != other
-
-
-def test_split_and_weight_choose_the_rows(work: Path, tmp_path: Path) -> None:
-    texts = work / "texts"
-    sources = [
-        {"name": "much", "path": str(texts / "train.txt"), "weight": 3, "split": "train[:10%]"},
-        {"name": "little", "path": str(texts / "old.txt")},
-    ]
-    held = [
-        {"name": "rest", "path": str(texts / "train.txt"), "split": "train[10%:]"},
-        {"name": "held", "path": str(texts / "held.txt")},
-    ]
-    data = prepared(work, tmp_path / "run", data__sources=sources, data__eval=held)
-    steps = [data.mixture.batch(step) for step in range(100)]
-    chosen = np.concatenate([batch["source"] for batch in steps])
-    assert np.bincount(chosen).tolist() == [300, 100]
-    rows = json.loads(next((tmp_path / "run/data").glob("train-*/fingerprint.json")).read_text())
-    trained = np.concatenate([batch["tokens"] for batch in steps])[chosen == 0]
-    distinct = {row.tobytes() for row in trained}
-    rest = data.held_out["rest"]
-    held_out = {rest[i]["tokens"].tobytes() for i in range(len(rest))}
-    assert len(distinct) == rows["rows"] - len(rest) < rows["rows"] / 5
-    assert not distinct & held_out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -569,57 +475,6 @@ def test_a_damaged_checkpoint_is_refused_and_the_mend_works(
     shutil.rmtree(run / "checkpoints/8")
     train(config_of(work, run))
     assert_same_run(run, undisturbed)
-
-
-# ------------------------------------------------------------------- bad input
-
-
-def fails(output: Path, config: Any, message: str) -> None:
-    """Refused, and nothing left behind."""
-    around = set(output.parent.iterdir())
-    with pytest.raises(UserError, match=message):
-        train(config)
-    assert set(output.parent.iterdir()) == around
-
-
-def test_bad_input_is_refused_and_leaves_nothing(work: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    model, texts = work / "model", work / "texts"
-    missing = run_config(tmp_path / "none", texts, run)
-    fails(run, missing, "none: no such directory")
-    base = run_config(work / "base", texts, run)
-    fails(run, base, "'new' trains the inserted blocks, and this model has none.*llamapro expand")
-    long = run_config(model, texts, run, data__sequence_length=65)
-    fails(run, long, "data.sequence_length is 65.*at most 64 positions")
-    no_text = run_config(model, tmp_path / "texts", run)
-    fails(run, no_text, "data.sources.words: .*train.txt: no such file")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "holds no text"), (b"caf\xe9", "is not UTF-8.*byte 3")],
-    ids=["empty", "not UTF-8"],
-)
-@pytest.mark.parametrize("name", ["train", "held"])
-def test_bad_text_is_refused_and_leaves_nothing(
-    work: Path, tmp_path: Path, content: bytes, message: str, name: str
-) -> None:
-    texts = tmp_path / "texts"
-    write_texts(texts)[name].write_bytes(content)
-    fails(tmp_path / "run", run_config(work / "model", texts, tmp_path / "run"), message)
-
-
-def test_text_for_a_model_without_a_tokenizer_is_refused(work: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(work / "model", model, ignore=shutil.ignore_patterns("*token*"))
-    fails(tmp_path / "run", run_config(model, work / "texts", tmp_path / "run"), "has none")
-
-
-def test_a_directory_that_is_no_run_is_refused(work: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/notes.txt").write_text("mine")
-    fails(tmp_path / "run", config_of(work, tmp_path / "run"), "run: is not empty")
-    assert (tmp_path / "run/notes.txt").read_text() == "mine"
 
 
 # ------------------------------------------------------------------- the command
