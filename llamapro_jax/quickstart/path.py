@@ -26,6 +26,7 @@ STEPS = 15
 PROMPT = "def "
 GENERATED = 48
 SAMPLING = ("--temperature", "0.7", "--top-k", "20")
+EVALUATED = "All models of the quickstart, on held-out text"
 # Rows of held-out text whose logits are compared bit by bit.
 COMPARED = 4
 
@@ -163,6 +164,8 @@ def evaluate(walk: Walk, places: Places, settings: Settings, name: str) -> None:
     words = ["evaluate", str(places.run(name)), "--text"]
     words += [f"{domain}={places.text(f'{domain}_heldout')}" for domain in DOMAINS]
     words += ["--strength", "0.5"] if name == "pro" else []
+    # Without it, it is compared with what was there before all training, the base's too.
+    words += ["--base", str(places.model("base"))] if name == "full" else []
     words += ["--max-rows", str(settings.evaluated), "--json", str(file)]
 
     def result() -> Sequence[str]:
@@ -206,7 +209,8 @@ def conclude(walk: Walk, places: Places, settings: Settings) -> bool:
     said = results.sentence(rows)
     result = results.as_json(rows, said, found)
     run = places.run("pro")
-    write_json(run / "evaluation.json", {name: result[name] for name in ("columns", "rows")})
+    shown = {name: result[name] for name in ("columns", "rows")}
+    write_json(run / "evaluation.json", {"title": EVALUATED, **shown})
     facts = {check.what: check.found for check in found}
     write_json(run / "model.json", {"what the table shows": said, **facts})
     write_json(places.out / "results.json", {**result, "settings": settings.identity()})

@@ -40,6 +40,10 @@ class Row:
     trainable: int | None
     seconds: float | None
 
+    @property
+    def held_out(self) -> tuple[float, float]:
+        return self.prose, self.code
+
     def cells(self) -> list[Any]:
         return [self.model, self.prose, self.code, self.trainable, self.seconds]
 
@@ -168,13 +172,25 @@ def checks(rows: Sequence[Row], places: Places, tokens_BT: np.ndarray) -> list[C
             rise_with_replay <= MOST_RISE_WITH_REPLAY * max(rise, 0.0),
         ),
         off_is_base(places, tokens_BT),
+        off_measures_as_base(rows),
         frozen_bits(places),
         reloaded(places, tokens_BT),
     ]
 
 
+def off_measures_as_base(rows: Sequence[Row]) -> Check:
+    """What `evaluate` found at strength 0, beside what it found of the base loaded on its own."""
+    base, off = (next(row for row in rows if row.model == model) for model in (BASE, OFF))
+    wrong = sum(ours != theirs for ours, theirs in zip(off.held_out, base.held_out, strict=True))
+    return Check(
+        "evaluated at strength 0 it has the base's perplexities, to the last digit",
+        f"{wrong} of {len(DOMAINS)} differ",
+        wrong == 0,
+    )
+
+
 def off_is_base(places: Places, tokens_BT: np.ndarray) -> Check:
-    """The run without its new blocks, beside the base: every float32 logit, every bit."""
+    """The base's tensors as a run gives them, beside the base: every float32 logit, every bit."""
     base = open_source(str(places.model("base")))
     wrong = total = 0
     for name in ("pro", "replay"):

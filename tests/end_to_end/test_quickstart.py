@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf, nextafter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json, write_json
 from llamapro_jax.quickstart import path as quickstart_path
 from llamapro_jax.quickstart.corpus import FILES
-from llamapro_jax.quickstart.results import Row, changes, sentence
+from llamapro_jax.quickstart.results import Row, changes, off_measures_as_base, sentence
 from llamapro_jax.quickstart.settings import FULL, TINY, Places, run_config
 from llamapro_jax.quickstart.walk import Walk
 
@@ -88,8 +89,8 @@ def test_the_path_ends_with_a_table_a_sentence_and_checks(first: tuple[Path, int
 @pytest.mark.slow
 def test_the_proofs_hold(first: tuple[Path, int, str]) -> None:
     checks = {c["what"]: c for c in read_json(first[0] / "results.json")["checks"]}
-    exact = [c for what, c in checks.items() if re.search("to the bit|frozen|export", what)]
-    assert len(exact) == 3
+    exact = [c for w, c in checks.items() if re.search("to the bit|digit|frozen|export", w)]
+    assert len(exact) == 4
     for check in exact:
         assert check["passed"] and check["found"].startswith("0 of ")
 
@@ -113,7 +114,7 @@ def test_what_is_written_needs_nothing_but_the_usual_files(first: tuple[Path, in
         assert (directory / "tokenizer.json").is_file()
         assert (directory / "tokenizer.model").is_file()
     config = read_json(first[0] / "models" / "llama" / "config.json")
-    assert "llamapro" not in config, "the base is a checkpoint like anybody's"
+    assert config["llamapro"]["generations"] == [], "the base has no new blocks"
     grown = read_json(first[0] / "models" / "exported" / "config.json")
     assert grown["num_hidden_layers"] == TINY.blocks + TINY.new
 
@@ -247,6 +248,15 @@ def test_the_sentence_follows_the_numbers(
     assert f"code {100 * (pro[1] / 50 - 1):+.1f} % and prose {pro[0] - 100:+.1f} %" in said
     assert "replay took prose to +5.0 % (code -16.0 %)" in said
     assert changes(rows)["base"] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("moved", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_off_must_measure_exactly_as_the_base_does(moved: tuple[int, int]) -> None:
+    rows = table((130.0, 40.0), (150.0, 30.0))
+    prose, code = (nextafter(p, inf) if moved[i] else p for i, p in enumerate((100.0, 50.0)))
+    rows[-1] = Row("LLaMA Pro at strength 0", prose, code, None, None)
+    check = off_measures_as_base(rows)
+    assert check.passed == (moved == (0, 0)) and check.found == f"{sum(moved)} of 2 differ"
 
 
 def test_the_shipped_config_is_the_run_of_the_quickstart() -> None:
