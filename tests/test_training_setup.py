@@ -168,3 +168,11 @@ def test_split_and_weight_choose_the_rows(work: Path, tmp_path: Path) -> None:
     held_out = {rest[i]["tokens"].tobytes() for i in range(len(rest))}
     assert len(distinct) == rows["rows"] - len(rest) < rows["rows"] / 5
     assert not distinct & held_out
+
+
+def test_an_attention_that_cannot_run_here_stops_before_anything_is_written(
+    work: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="attention: 'splash' cannot run here"):
+        prepared(work, tmp_path / "run", training__attention="splash")
+    assert not (tmp_path / "run").exists()

@@ -125,9 +125,8 @@ def problem_of(
             f"sliding_window: {sliding_window} leaves a token nothing to see; it must be at least "
             "1, or null for none"
         )
-    platform = platform or jax.default_backend()
     return Problem(
-        platform={"cuda": "gpu", "rocm": "gpu"}.get(platform, platform),
+        platform=platform_of(platform or jax.default_backend()),
         dtype=jnp.dtype(q_BTHC.dtype).name,
         length=length,
         query_heads=query_heads,
@@ -136,6 +135,11 @@ def problem_of(
         packed=segment_ids_BT is not None,
         sliding_window=sliding_window,
     )
+
+
+def platform_of(backend: str) -> str:
+    """One of cpu, gpu and tpu, for a name that jax gives a backend."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
 
 
 def choose(implementation: str, problem: Problem) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
@@ -32,6 +34,8 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_directory, read_json, require_new_directory, write_json
 from llamapro_jax.hf.config import read_config, render
 from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llamapro_jax.model.attention import choose, platform_of
+from llamapro_jax.model.kernels import Problem
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
 from llamapro_jax.sources import Source, open_source
@@ -106,6 +110,7 @@ def prepare(config: RunConfig, lock: RunLock) -> Setup:
     source = open_source(config.model, masters=True)
     check_spec(config.trainable, source.config, source.plan)
     _check_length(config, source)
+    _check_attention(config, source)
     _check_texts(config)
     tokenizer = _tokenizer(source.directory)
     if not is_run(directory):
@@ -133,6 +138,22 @@ def _check_length(config: RunConfig, source: Source) -> None:
             f"data.sequence_length is {length}, but {config.model} was made for at most {longest} "
             "positions (max_position_embeddings); take at most that."
         )
+
+
+def _check_attention(config: RunConfig, source: Source) -> None:
+    """Raises UserError when training.attention names what cannot run here, before any reading."""
+    model = source.config
+    problem = Problem(
+        platform=platform_of(jax.default_backend()),
+        dtype=config.compute_dtype,
+        length=config.data.sequence_length,
+        query_heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        packed=True,
+        sliding_window=model.sliding_window,
+    )
+    choose(config.training.attention, problem)
 
 
 def _entries(config: RunConfig) -> list[tuple[str, SourceConfig | EvalSourceConfig]]:
