@@ -12,13 +12,6 @@ import jax
 import jax.numpy as jnp
 
 
-def token_losses(x_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array) -> jax.Array:
-    """-log p(target), [N] float32."""
-    logits_NV = _logits(x_ND, head_VD)
-    chosen_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits_NV, axis=-1) - chosen_N
-
-
 def _logits(x_ND: jax.Array, head_VD: jax.Array) -> jax.Array:
     head_VD = head_VD.astype(x_ND.dtype)
     return jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=jnp.float32)

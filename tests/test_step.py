@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from steps import (
     PLANS,
@@ -26,7 +27,6 @@ from llamapro_jax.config import OptimizerConfig
 from llamapro_jax.data.rows import empty_rows, targets_and_weights
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan
-from llamapro_jax.loss import token_losses
 from llamapro_jax.model.llama import hidden_states
 from llamapro_jax.model.weights import BLOCK_BY_NAME, OUTER_BY_NAME, total_parameters
 from llamapro_jax.optimizer import build_schedule
@@ -69,8 +69,9 @@ def naive_loss(params: Any, batch: Any) -> tuple[float, int]:
         segments=PLAN.segments,
         dtype=jnp.float32,
     )
-    losses = token_losses(x.reshape(-1, x.shape[-1]), params["head"], targets.reshape(-1))
-    return float((losses * weights.reshape(-1)).sum()), int(weights.sum())
+    scores = jnp.einsum("BTD,VD->BTV", x, params["head"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
+    return float((losses * weights).sum()), int(weights.sum())
 
 
 def test_metrics_of_one_step() -> None:

@@ -115,7 +115,7 @@ def test_training_refuses_what_cannot_work(texts, size, message, tmp_path):
 
 def test_training_reads_a_long_line_too(tmp_path):
     tokenizer = train_tokenizer([*TEXTS, "zqzq" * 5000], VOCAB, tmp_path)
-    assert tokenizer.id_of("zqzq") is not None
+    assert "zqzq" in map(tokenizer.token_of, range(tokenizer.vocab_size))
 
 
 def test_bos_and_eos_are_added_once(tokenizer):

@@ -139,10 +139,6 @@ class Tokenizer:
         """The string of one id; None for None and for ids outside the vocabulary."""
         return None if token_id is None else self._plain.id_to_token(token_id)
 
-    def id_of(self, token: str) -> int | None:
-        """The id of one token's string, or None."""
-        return self._plain.token_to_id(token)
-
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         engine = _engine(self.json_text, self.source / "tokenizer.json")
