@@ -206,7 +206,7 @@ def checked_lineage(value: Any, where: str) -> tuple[dict[str, Any], ...]:
             raise UserError(f"{where}: lineage has {entry!r}; an entry needs verb and source.")
         missing = needed.get(str(entry["verb"]), set()) - set(entry)
         if missing:
-            raise UserError(f"{where}: lineage has {entry!r}; it needs {', '.join(missing)}.")
+            raise UserError(f"{where}: lineage has {entry!r}; it needs {', '.join(sorted(missing))}.")
     return tuple(value)
 
 

@@ -44,15 +44,19 @@ def states(
 ) -> jax.Array:
     """The final hidden states of a part of the row."""
     config, plan, _ = model
-    return hidden_states(
-        params,
-        ROW[:, part],
-        POSITIONS[:, part],
-        SEGMENTS[:, part],
-        config=config,
-        segments=plan.segments,
-        dtype=jnp.float32,
-    )
+
+    def run(params: Params) -> jax.Array:
+        return hidden_states(
+            params,
+            ROW[:, part],
+            POSITIONS[:, part],
+            SEGMENTS[:, part],
+            config=config,
+            segments=plan.segments,
+            dtype=jnp.float32,
+        )
+
+    return jax.jit(run)(params)
 
 
 def test_a_packed_row_computes_what_its_documents_do_alone(
