@@ -204,9 +204,9 @@ def checked_lineage(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     for entry in value if isinstance(value, list | tuple) else [None]:
         if not isinstance(entry, dict) or not {"verb", "source"} <= set(entry):
             raise UserError(f"{where}: lineage has {entry!r}; an entry needs verb and source.")
-        missing = needed.get(str(entry["verb"]), set()) - set(entry)
+        missing = sorted(needed.get(str(entry["verb"]), set()) - set(entry))
         if missing:
-            raise UserError(f"{where}: lineage has {entry!r}; it needs {', '.join(sorted(missing))}.")
+            raise UserError(f"{where}: lineage has {entry!r}; it needs {', '.join(missing)}.")
     return tuple(value)
 
 
