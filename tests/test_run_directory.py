@@ -185,7 +185,7 @@ def test_a_lost_leaf_never_falls_back_to_the_base(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "is not the description of a run"),
+        ({"format": "other"}, "is not the description of a llamapro_jax run"),
         ({"version": 2}, "has version 2; this release reads 1"),
         ({"trainable": None}, "is malformed"),
     ],

@@ -25,7 +25,7 @@ import numpy as np
 from llamapro_jax.checkpoint import TRAINABLE, committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan
-from llamapro_jax.files import read_json, write_json
+from llamapro_jax.files import check_format, read_json, write_json
 from llamapro_jax.fingerprint import Fingerprint, tensor_print
 from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.hf.config import read_config
@@ -77,13 +77,7 @@ class RunRecord:
         """Raises UserError when run.json is malformed or of a later version."""
         path = directory / RUN_FILE
         values = read_json(path)
-        if not isinstance(values, dict) or values.get("format") != FORMAT["format"]:
-            raise UserError(f"{path}: is not the description of a run of llamapro_jax.")
-        if values.get("version") != FORMAT["version"]:
-            raise UserError(
-                f"{path}: has version {values.get('version')!r}; this release reads "
-                f"{FORMAT['version']}. Install a newer llamapro_jax."
-            )
+        check_format(values, FORMAT, path)
         try:
             return RunRecord(
                 str(values["model"]),
