@@ -17,12 +17,13 @@ from typing import Any, Literal
 from llamapro_jax import typed_yaml
 from llamapro_jax.errors import nearest
 from llamapro_jax.files import atomic_write
-from llamapro_jax.model.config import AttentionChoice
+from llamapro_jax.model.config import AttentionChoice, RematChoice
 from llamapro_jax.typed_yaml import option, validate
 
 __all__ = [
     "DataConfig",
     "EvalSourceConfig",
+    "MeshConfig",
     "OptimizerConfig",
     "RunConfig",
     "SourceConfig",
@@ -39,13 +40,19 @@ TRAINABLE_PARTS = ("all", "new", "embed", "head", "norms")
 MAY_CHANGE_ON_RESUME = (
     "output",
     "tracking",
+    "mesh",
+    "training.microbatch",
+    "training.remat",
     "data.cache_directory",
     "training.log_every",
     "training.eval_every",
     "training.save_every",
     "training.keep",
 )
-"""Settings (or whole sections) that a resumed run may change: none alters a trained weight."""
+"""Settings (or whole sections) that a resumed run may change: none alters what is computed.
+
+Another mesh, microbatch or remat adds in another order, which may change last bits, no more.
+"""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -237,7 +244,12 @@ class TrainingConfig:
     """Length of the run, how a step is computed, and what is done every so often."""
 
     steps: int = option("Number of optimizer steps.")
-    microbatches: int = option("Parts that a batch is cut into, one after the other.", 1)
+    microbatch: int | Literal["auto"] = option(
+        "Rows that each group of devices takes at a time: a batch is `mesh.data` x `mesh.fsdp` "
+        "times so many rows, as often as it takes; `auto`: the most that fits in memory (on a "
+        "CPU: all of them).",
+        "auto",
+    )
     log_every: int = option("Steps between two lines of the log.", 10)
     eval_every: int | None = option(
         "Steps between two evaluations of the held-out texts; null: only before the first step "
@@ -260,15 +272,39 @@ class TrainingConfig:
         "the log says which; a choice that cannot run is an error.",
         "auto",
     )
-    remat: Literal["none", "full"] = option(
-        "`none`: keep the activations that the backward pass needs; `full`: keep each block's "
-        "input only and compute the rest again.",
-        "none",
+    remat: RematChoice = option(
+        "What the backward pass finds kept: `none`: all that it needs; `minimal`: the results of "
+        "matrix products, so that none runs again; `attention`: the output of attention alone; "
+        "`full`: each block's input, the rest runs again; `auto`: the first of these that fits in "
+        "memory (on a CPU: `none`).",
+        "auto",
     )
 
     def problems(self) -> Problems:
         every = ("log_every", "eval_every", "eval_batches", "save_every")
-        yield from _positive(self, "steps", "microbatches", *every, "keep", "loss_chunk")
+        yield from _positive(self, "steps", *every, "keep", "loss_chunk")
+        if self.microbatch != "auto":
+            yield from _positive(self, "microbatch")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out. The four sizes multiply to the number of devices."""
+
+    data: int | None = option(
+        "Copies of the weights, each of which takes its share of the batch; null: one a TPU slice.",
+        None,
+    )
+    fsdp: int | None = option(
+        "Devices over which weights and batch are spread; a weight is gathered where it is used. "
+        "null: all that the other three leave.",
+        None,
+    )
+    tensor: int = option("Devices that share the heads and the feed-forward of each block.", 1)
+    context: int = option("Devices that share the length of each row.", 1)
+
+    def problems(self) -> Problems:
+        yield from _positive(self, "data", "fsdp", "tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,8 +344,15 @@ class RunConfig:
         "Type of activations and of frozen weights in a step; what trains is kept in float32.",
         "bfloat16",
     )
+    frozen_dtype: Literal["compute", "int8"] = option(
+        "How the frozen matrices of the base blocks are stored: `compute`: in compute_dtype; "
+        "`int8`: in 8 bits with a scale for each output channel, for devices with little memory "
+        "(an approximation of the base).",
+        "compute",
+    )
     seed: int = option("Seed of all that is random in the run, such as the order of the rows.", 0)
     optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
@@ -322,9 +365,9 @@ class RunConfig:
         yield from _not_empty(self, "model", "output")
         yield from _not_negative(self, "seed")
         yield from self._trainable_problems()
-        batch, parts = self.data.batch_size, self.training.microbatches
-        if parts > 0 and batch % parts:
-            yield "training.microbatches", f"{parts} does not divide data.batch_size, {batch}."
+        batch, part = self.data.batch_size, self.training.microbatch
+        if part != "auto" and part > 0 and batch % part:
+            yield "training.microbatch", f"{part} does not divide data.batch_size, {batch}."
         if self.training.eval_every is not None and not self.data.eval:
             yield "training.eval_every", "is set, but data.eval names no held-out text."
         yield from self._schedule_problems()

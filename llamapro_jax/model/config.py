@@ -7,6 +7,9 @@ from typing import Literal
 
 # Who computes attention; `model.attention` says what each needs.
 AttentionChoice = Literal["auto", "reference", "blockwise", "splash", "pallas_gpu", "cudnn"]
+# What is kept for the backward pass; `model.remat` says what each keeps and costs.
+Remat = Literal["none", "minimal", "attention", "full"]
+RematChoice = Literal["auto", "none", "minimal", "attention", "full"]
 Architecture = Literal["LlamaForCausalLM", "MistralForCausalLM"]
 ARCHITECTURES: tuple[Architecture, ...] = ("LlamaForCausalLM", "MistralForCausalLM")
 
