@@ -21,7 +21,6 @@ import numpy as np
 from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
-from llamapro_jax.model.attention import attention_mask
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Context, apply_block, rms_norm
 from llamapro_jax.model.precision import full_precision
@@ -141,9 +140,7 @@ def final_states(source: Source, tokens_BT: np.ndarray) -> jax.Array:
 
 def _context(config: ModelConfig, tokens_BT: np.ndarray) -> Context:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ones = jnp.ones(tokens_BT.shape, jnp.int32)
-    mask = attention_mask(positions_BT, positions_BT, ones, ones, config.sliding_window)
-    return Context(*rope_tables(config, positions_BT), mask)
+    return Context(*rope_tables(config, positions_BT))
 
 
 def compare_logits(

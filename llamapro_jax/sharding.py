@@ -104,6 +104,13 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+def current_platform() -> str:
+    """What a program that is traced now is compiled for: the mesh's devices, or jax's default."""
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def axis_size(*axes: str) -> int:
     """Number of devices along mesh axes of the current mesh; 1 without a mesh."""
     mesh = current_mesh()
@@ -123,6 +130,24 @@ def place(array: jax.Array, spec: PartitionSpec | None) -> jax.Array:
 def use(array: jax.Array, weight: Weight) -> jax.Array:
     """A weight as it is multiplied: the gather of FSDP, where it is stored sharded."""
     return place(array, LAYOUT.used(weight))
+
+
+def scale_spec(weight: Weight, spec: PartitionSpec) -> PartitionSpec:
+    """Of the scales of an int8 weight that is laid out by `spec`: summed dimensions have size 1.
+
+    `spec` may begin with stacked dimensions.
+    """
+    leading = len(spec) - len(weight.dims)
+    own = (
+        None if dim in weight.contracted else axes
+        for dim, axes in zip(weight.dims, spec[leading:], strict=True)
+    )
+    return PartitionSpec(*spec[:leading], *own)
+
+
+def use_scale(scale: jax.Array, weight: Weight) -> jax.Array:
+    """The scales of an int8 weight, beside `use` of its values."""
+    return place(scale, scale_spec(weight, LAYOUT.used(weight)))
 
 
 # ------------------------------------------------------------------- the mesh
@@ -240,15 +265,18 @@ class HostParts:
     """The parts of an array that the devices of this host need, as host memory to be filled.
 
     parts: bounds, `(start, stop)` for each dimension, -> the buffer of that part. A part that
-    several devices hold exists once.
+    several devices hold exists once. sharding: None puts the whole on the default device.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> None:
+    def __init__(self, shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> None:
         self._shape, self._sharding = tuple(shape), sharding
-        self._devices: dict[Any, tuple[tuple[int, int], ...]] = {
-            device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            for device, index in sharding.addressable_devices_indices_map(self._shape).items()
-        }
+        whole = tuple((0, size) for size in shape)
+        self._devices: dict[Any, tuple[tuple[int, int], ...]] = {None: whole}
+        if sharding is not None:
+            self._devices = {
+                device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+                for device, index in sharding.addressable_devices_indices_map(self._shape).items()
+            }
         self.parts = {
             bounds: np.empty([stop - start for start, stop in bounds], dtype)
             for bounds in dict.fromkeys(self._devices.values())
@@ -257,4 +285,6 @@ class HostParts:
     def place(self) -> jax.Array:
         """The global array, each part on the devices that need it."""
         arrays = [jax.device_put(self.parts[at], device) for device, at in self._devices.items()]
+        if self._sharding is None:
+            return arrays[0]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)

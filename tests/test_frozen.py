@@ -213,7 +213,7 @@ def test_matmul_flops_in_bfloat16_and_by_microbatches() -> None:
     run = wide_run(compute_dtype="bfloat16")
     assert compiled_matmul_flops(compile_step(config, plan, run, build_train_step)) == expected
     optimizer = OptimizerConfig()
-    run = run_config(("new",), optimizer, rows=4, length=LENGTH, loss_chunk=32, microbatches=4)
+    run = run_config(("new",), optimizer, rows=4, length=LENGTH, loss_chunk=32, microbatch=1)
     compiled = compile_step(config, plan, run, build_train_step)
     assert compiled_matmul_flops(compiled) == 4 * expected
 

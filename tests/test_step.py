@@ -108,15 +108,15 @@ def test_grad_norm_is_of_what_trains() -> None:
         assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_equal_one_batch(microbatches: int) -> None:
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_microbatches_equal_one_batch(microbatch: int) -> None:
     """The rows have uneven numbers of targets, so a mean of means would differ."""
     batch = random_batch()
     counts = targets_and_weights(batch)[1].sum(axis=1)
     assert counts.max() > 2 * counts.min()
     results = []
-    for parts in (1, microbatches):
-        run = run_config(microbatches=parts)
+    for part in ("auto", microbatch):
+        run = run_config(microbatch=part)
         state, frozen, optimizer = begin(run, PARAMS)
         step = build_train_step(CONFIG, PLAN, run, optimizer)
         for seed in range(3):
@@ -141,7 +141,7 @@ def test_microbatch_gradients_are_the_sum_in_float32() -> None:
     summed = jax.jit(lambda part, n: loss_and_gradients(loss, trainable, part, n), static_argnums=1)
     one, one_gradients = summed(batch, 1)
     parts, gradients = summed(batch, 2)
-    halves = [{k: v[i : i + B // 2] for k, v in batch.items()} for i in (0, B // 2)]
+    halves = [{k: v[i::2] for k, v in batch.items()} for i in (0, 1)]
     expected = [summed(half, 1) for half in halves]
     assert float(parts) == pytest.approx(float(expected[0][0] + expected[1][0]), rel=1e-6)
     for path, leaf in by_path(gradients).items():
@@ -201,7 +201,7 @@ def test_dtypes() -> None:
 
 
 def test_loss_falls_in_bfloat16_with_microbatches_and_remat() -> None:
-    run = run_config(compute_dtype="bfloat16", microbatches=2, remat="full")
+    run = run_config(compute_dtype="bfloat16", microbatch=2, remat="full")
     state, frozen, optimizer = begin(run, PARAMS)
     step = build_train_step(CONFIG, PLAN, run, optimizer)
     losses = []

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from llamapro_jax.errors import UserError, nearest
 from llamapro_jax.model.config import AttentionChoice
 from llamapro_jax.model.kernels import RESIDUALS, Problem
+from llamapro_jax.sharding import activation, current_mesh, current_platform
 
 IMPLEMENTATIONS: tuple[AttentionChoice, ...] = get_args(AttentionChoice)
 
@@ -92,15 +93,37 @@ def attention(
     Between the keys and values of a segment, distances in position equal distances in index, so no
     positions are asked for. Heads may be grouped: H is a multiple of K.
 
-    platform: what the program is compiled for, when that is not `jax.default_backend()`.
+    platform: what the program is compiled for, when that is neither the current mesh's nor
+    `jax.default_backend()`. Under a mesh the arrays are laid out as `sharding.LAYOUT` says.
 
     Raises UserError when `implementation` is unknown or cannot run here; says what would.
     """
     name = choose(
         implementation, problem_of(q_BTHC, k_BTKC, segment_ids_BT, sliding_window, platform)
     )
-    kernel = _kernel(name)
-    return kernel(
+    local = functools.partial(_local, name, sliding_window)
+    mesh = current_mesh()
+    if mesh is None:
+        return local(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
+    # Each device has its own rows and heads. All four axes are named, so that nothing here is
+    # replicated, and no gradient waits to be summed over an axis.
+    queries, keys = activation("BTHC"), activation("BTKC")
+    ids = None if segment_ids_BT is None else activation("BT")
+    return jax.shard_map(
+        local, in_specs=(queries, keys, keys, ids), out_specs=queries, check_vma=False
+    )(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
+
+
+def _local(
+    name: str,
+    sliding_window: int | None,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """What one device computes: its rows and heads, and its part of each row."""
+    return _kernel(name)(
         q_BTHC, k_BTKC, v_BTKC, segment_ids_BT=segment_ids_BT, sliding_window=sliding_window
     )
 
@@ -126,7 +149,7 @@ def problem_of(
             "1, or null for none"
         )
     return Problem(
-        platform=platform_of(platform or jax.default_backend()),
+        platform=platform_of(platform or current_platform()),
         dtype=jnp.dtype(q_BTHC.dtype).name,
         length=length,
         query_heads=query_heads,

@@ -11,21 +11,24 @@ Parameters in the step: `{"embed": [V, D], "final_norm": [D], "head": [V, D] (ab
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llamapro_jax.expansion import Segment
 from llamapro_jax.model.attention import attention as fused_attention
-from llamapro_jax.model.attention import attention_mask, reference_attention
-from llamapro_jax.model.config import AttentionChoice, ModelConfig
+from llamapro_jax.model.attention import reference_attention
+from llamapro_jax.model.config import AttentionChoice, ModelConfig, Remat
+from llamapro_jax.model.quantized import take
+from llamapro_jax.model.remat import WEIGHT, rematerialised
 from llamapro_jax.model.rope import apply_rope, rope_tables
-from llamapro_jax.model.weights import BLOCK_BY_NAME
+from llamapro_jax.model.weights import BLOCK_BY_NAME, OUTER_BY_NAME
+from llamapro_jax.sharding import activation
 
 Params = dict[str, Any]
-Remat = Literal["none", "full"]
 
 
 class KeyValues(NamedTuple):
@@ -38,13 +41,13 @@ class KeyValues(NamedTuple):
 class Context(NamedTuple):
     """What every block of one forward pass shares.
 
-    mask_BTS: for the reference; a fused kernel takes the segments instead. write_at: with a
-    key/value cache, the slot of the first query; else None.
+    segment_ids_BT: which document of its row a token is in, of whole rows. mask_BTS and write_at
+    (the slot of the first query): with a key/value cache instead.
     """
 
     cos_BTC: jax.Array
     sin_BTC: jax.Array
-    mask_BTS: jax.Array
+    mask_BTS: jax.Array | None = None
     write_at: jax.Array | None = None
     segment_ids_BT: jax.Array | None = None
 
@@ -76,7 +79,7 @@ class Block(nn.Module):
     def weight(self, name: str, dtype: jnp.dtype) -> jax.Array:
         row = BLOCK_BY_NAME[name]
         value = self.param(name, INITIALIZERS[row.init], row.shape(self.config))
-        return value.astype(dtype)
+        return checkpoint_name(take(value, row, dtype), WEIGHT)
 
     @nn.compact
     def __call__(
@@ -100,18 +103,10 @@ class Block(nn.Module):
             q_BTHC += self.weight("q_bias", dtype)
             k_BTKC += self.weight("k_bias", dtype)
             v_BTKC += self.weight("v_bias", dtype)
-        q_BTHC = apply_rope(q_BTHC, context.cos_BTC, context.sin_BTC)
-        k_BTKC = apply_rope(k_BTKC, context.cos_BTC, context.sin_BTC)
-        if cache is not None:
-            start = (0, context.write_at, 0, 0)
-            cache = KeyValues(
-                jax.lax.dynamic_update_slice(cache.k, k_BTKC.astype(cache.k.dtype), start),
-                jax.lax.dynamic_update_slice(cache.v, v_BTKC.astype(cache.v.dtype), start),
-            )
-            k_BTKC, v_BTKC = cache
-        if cache is not None or self.attention_choice == "reference":
-            out_BTHC = reference_attention(q_BTHC, k_BTKC, v_BTKC, context.mask_BTS)
-        else:
+        q_BTHC = checkpoint_name(apply_rope(q_BTHC, context.cos_BTC, context.sin_BTC), "q")
+        k_BTKC = checkpoint_name(apply_rope(k_BTKC, context.cos_BTC, context.sin_BTC), "k")
+        v_BTKC = checkpoint_name(v_BTKC, "v")
+        if cache is None:
             out_BTHC = fused_attention(
                 q_BTHC,
                 k_BTKC,
@@ -120,7 +115,22 @@ class Block(nn.Module):
                 sliding_window=config.sliding_window,
                 implementation=self.attention_choice,
             )
-        out_BTD = jnp.einsum("BTHC,HCD->BTD", out_BTHC, self.weight("o", dtype))
+        else:
+            start = (0, context.write_at, 0, 0)
+            cache = KeyValues(
+                jax.lax.dynamic_update_slice(cache.k, k_BTKC.astype(cache.k.dtype), start),
+                jax.lax.dynamic_update_slice(cache.v, v_BTKC.astype(cache.v.dtype), start),
+            )
+            out_BTHC = reference_attention(q_BTHC, *cache, context.mask_BTS)
+        out_BTD = checkpoint_name(
+            jnp.einsum(
+                "BTHC,HCD->BTD",
+                out_BTHC,
+                self.weight("o", dtype),
+                out_sharding=activation("BTD"),
+            ),
+            "o",
+        )
         if config.attention_bias:
             out_BTD += self.weight("o_bias", dtype)
         return out_BTD, cache
@@ -133,7 +143,13 @@ class Block(nn.Module):
         if bias:
             gate_BTF += self.weight("gate_bias", dtype)
             up_BTF += self.weight("up_bias", dtype)
-        out_BTD = jnp.einsum("BTF,FD->BTD", nn.silu(gate_BTF) * up_BTF, self.weight("down", dtype))
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
+        out_BTD = jnp.einsum(
+            "BTF,FD->BTD",
+            nn.silu(gate_BTF) * up_BTF,
+            self.weight("down", dtype),
+            out_sharding=activation("BTD"),
+        )
         if bias:
             out_BTD += self.weight("down_bias", dtype)
         return out_BTD
@@ -187,7 +203,8 @@ def run_blocks(
 def embed(params: Params, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Token embeddings, [B, T, D]."""
     with jax.named_scope("embed"):
-        return params["embed"].astype(dtype)[tokens_BT]
+        table_VD = take(params["embed"], OUTER_BY_NAME["embed"], dtype)
+        return table_VD.at[tokens_BT].get(out_sharding=activation("BTD"))
 
 
 def head_weight(params: Params) -> jax.Array:
@@ -211,22 +228,16 @@ def hidden_states(
     """The final normed hidden states, [B, T, D] in `dtype`.
 
     Tokens attend to earlier ones of their own segment. with_new=False: without the inserted
-    blocks. remat "full" keeps only each block's input for the backward pass. attention: who
-    computes it, see `model.attention`.
+    blocks. remat: what is kept for the backward pass, see `model.remat`. attention: who computes
+    it, see `model.attention`.
     """
-    mask_BTT = attention_mask(
-        positions_BT, positions_BT, segment_ids_BT, segment_ids_BT, config.sliding_window
-    )
-    context = Context(
-        *rope_tables(config, positions_BT), mask_BTT, segment_ids_BT=segment_ids_BT
-    )
+    context = Context(*rope_tables(config, positions_BT), segment_ids_BT=segment_ids_BT)
 
     def body(x_BTD: jax.Array, leaves: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         x_BTD, _ = apply_block(config, leaves, x_BTD, context, attention=attention)
         return x_BTD, None
 
-    if remat == "full":
-        body = jax.checkpoint(body)
+    body = rematerialised(body, remat)
     x_BTD = embed(params, tokens_BT, dtype)
     x_BTD, _ = run_blocks(body, x_BTD, segments, params["base"], params["new"], with_new)
     return rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)

@@ -51,6 +51,11 @@ class Weight:
         """Weight decay is for matrices: norms and biases are exempt."""
         return self.init == "normal"
 
+    @property
+    def contracted(self) -> str:
+        """The dimensions that a product with this matrix sums over; the others are its output."""
+        return "D" if self.dims[0] == "D" else self.dims[:-1]
+
     def size(self, config: ModelConfig) -> int:
         return math.prod(self.shape(config))
 

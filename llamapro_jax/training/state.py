@@ -107,14 +107,19 @@ def labels(params: Params, spec: Spec) -> Any:
     return map_leaves(params, label)
 
 
-def dtype_of(spec: Spec, compute_dtype: Any) -> DtypeOf:
+def dtype_of(spec: Spec, compute_dtype: Any, frozen_dtype: str = "compute") -> DtypeOf:
     """For `model.params.load_params`: float32 masters for what trains, the rest as computed with.
 
-    A frozen weight is never kept in float32 when the step computes in bfloat16.
+    A frozen weight is never kept in float32 when the step computes in bfloat16. frozen_dtype
+    "int8": the frozen matrices of the base blocks are kept in 8 bits.
     """
 
     def dtype(stack: str, weight: Weight) -> Any:
-        return jnp.dtype(jnp.float32 if trains(spec, stack, weight) else compute_dtype)
+        if trains(spec, stack, weight):
+            return jnp.dtype(jnp.float32)
+        if frozen_dtype == "int8" and stack == "base" and weight.multiplies:
+            return jnp.dtype(jnp.int8)
+        return jnp.dtype(compute_dtype)
 
     return dtype
 
@@ -123,8 +128,12 @@ def init_state(
     trainable: Params, frozen: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first step. `frozen` gives its structure alone, no value is read."""
-    opt_state = jax.jit(lambda *both: optimizer.init(merge(*both)))(trainable, frozen)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state)
+
+    def init(trainable: Params, frozen: Params) -> tuple[jax.Array, Any]:
+        return jnp.zeros((), jnp.int32), optimizer.init(merge(trainable, frozen))
+
+    step, opt_state = jax.jit(init)(trainable, frozen)
+    return TrainState(step, trainable, opt_state)
 
 
 def leaves_of(config: ModelConfig, plan: ExpansionPlan) -> Iterator[tuple[str, str, Weight, Any]]:

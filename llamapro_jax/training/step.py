@@ -10,7 +10,7 @@ B batch, T sequence length, D model, N = B * T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ from llamapro_jax.config import RunConfig
 from llamapro_jax.data.rows import targets_and_weights
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.loss import summed_cross_entropy
-from llamapro_jax.model.config import AttentionChoice, ModelConfig
-from llamapro_jax.model.llama import Params, Remat, head_weight, hidden_states
+from llamapro_jax.model.config import AttentionChoice, ModelConfig, Remat
+from llamapro_jax.model.context import spread
+from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.optimizer import build_schedule
+from llamapro_jax.sharding import activation, axis_size
 from llamapro_jax.training.state import TrainState, merge
 
 Batch = Mapping[str, jax.Array]
@@ -43,14 +45,15 @@ def summed_loss(
 ) -> jax.Array:
     """The sum of -log p over the batch's valid target tokens, a float32 scalar (nats).
 
-    batch: the arrays [B, T] of `data.rows`.
+    batch: the arrays [B, T] of `data.rows`. On a mesh each row is whole on its devices; it is laid
+    out over `context` here, after the targets were taken from the tokens' neighbours.
     """
     targets_BT, weights_BT = targets_and_weights(batch)
     x_BTD = hidden_states(
         params,
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
+        spread(batch["tokens"]),
+        spread(batch["positions"]),
+        spread(batch["segment_ids"]),
         config=config,
         segments=plan.segments,
         dtype=dtype,
@@ -58,9 +61,8 @@ def summed_loss(
         remat=remat,
         attention=attention,
     )
-    x_ND = x_BTD.reshape(-1, config.hidden_size)
     return summed_cross_entropy(
-        x_ND, head_weight(params), targets_BT.reshape(-1), weights_BT.reshape(-1), loss_chunk
+        x_BTD, head_weight(params), spread(targets_BT), spread(weights_BT), loss_chunk
     )
 
 
@@ -70,6 +72,14 @@ def count_targets(batch: Batch) -> jax.Array:
     return jnp.sum(weights_BT > 0, dtype=jnp.int32)
 
 
+def count_microbatches(rows: int, microbatch: int | Literal["auto"], groups: int) -> int:
+    """Parts of a batch of `rows`, of which each of `groups` groups of devices takes `microbatch`.
+
+    "auto" is one part: on devices with little memory `training.fit` has put a number in its place.
+    """
+    return 1 if microbatch == "auto" else rows // (microbatch * groups)
+
+
 def loss_and_gradients(
     loss: Callable[[Params, Batch], jax.Array], trainable: Params, batch: Batch, microbatches: int
 ) -> tuple[jax.Array, Params]:
@@ -77,12 +87,20 @@ def loss_and_gradients(
     gradient = jax.value_and_grad(loss)
     if microbatches == 1:
         return gradient(trainable, batch)
+    rows_spec = activation("B")
 
     def one(sums: Any, part: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(trainable, part)), None
 
+    # A part takes some rows of each device, so that none moves to another.
     def split(array: jax.Array) -> jax.Array:
-        return array.reshape(microbatches, -1, array.shape[-1])
+        rows, length = array.shape
+        by_device = jnp.reshape(
+            array,
+            (rows // microbatches, microbatches, length),
+            out_sharding=None if rows_spec is None else jax.P(rows_spec[0], None, None),
+        )
+        return by_device.swapaxes(0, 1)
 
     parts = jax.tree.map(split, dict(batch))
     zeros = jax.tree.map(jnp.zeros_like, trainable)
@@ -126,6 +144,7 @@ def build_train_step(
     `tokens` (target tokens), `grad_norm` (of what trains, before clipping), `learning_rate`.
     """
     schedule = build_schedule(run.optimizer, run.training.steps)
+    remat: Remat = "none" if run.training.remat == "auto" else run.training.remat
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = count_targets(batch)
@@ -141,13 +160,15 @@ def build_train_step(
                 plan=plan,
                 dtype=jnp.dtype(run.compute_dtype),
                 loss_chunk=run.training.loss_chunk,
-                remat=run.training.remat,
+                remat=remat,
                 attention=run.training.attention,
             )
             return nll * scale
 
+        rows = batch["tokens"].shape[0]
+        parts = count_microbatches(rows, run.training.microbatch, axis_size("data", "fsdp"))
         mean, gradients = loss_and_gradients(
-            loss, state.trainable, batch, run.training.microbatches
+            loss, state.trainable, batch, parts
         )
         metrics = {
             "loss": mean,

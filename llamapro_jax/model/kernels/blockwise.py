@@ -17,7 +17,7 @@ key/value head, S the keys of a block, and C the head dim.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llamapro_jax.model.kernels import (
     RESIDUALS,
-    pad_length,
-    pad_visible,
+    WHOLE,
+    Inputs,
+    Part,
+    cut_spans,
+    key_blocks,
+    prepare,
+    query_blocks,
     round_up,
-    visible_keys,
     walk,
 )
 
@@ -42,36 +46,32 @@ LONG = 1024
 SMALLEST_BLOCK = 16
 
 
-class Inputs(NamedTuple):
-    """Padded operands, and the intervals that `visible_keys` gave."""
-
-    q: jax.Array  # [B, T, H, C]
-    k: jax.Array  # [B, T, K, C]
-    v: jax.Array  # [B, T, K, C]
-    first_BT: jax.Array
-    last_BT: jax.Array
-
-
 def attention(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
     *,
-    segment_ids_BT: jax.Array | None,
+    segment_ids_BS: jax.Array | None,
     sliding_window: int | None,
+    part: Part = WHOLE,
     block: int | None = None,
 ) -> jax.Array:
-    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.attention.attention`.
+    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.kernels`.
 
     block: queries and keys of a block, other than what suits the length.
     """
-    B, T, H, _ = q_BTHC.shape
-    block = block or block_for(T, H // k_BTKC.shape[2])
-    length = round_up(T, block)
-    visible = visible_keys(segment_ids_BT, (B, T), sliding_window)
-    operands = (pad_length(x, length) for x in (q_BTHC, k_BTKC, v_BTKC))
-    inputs = Inputs(*operands, *(pad_visible(x_BT, length) for x_BT in visible))
-    return _attention(inputs, block)[:, :T]
+    T, H = q_BTHC.shape[1:3]
+    block = block or block_for(T // part.spans, H // k_BSKC.shape[2])
+    inputs = prepare(
+        q_BTHC,
+        k_BSKC,
+        v_BSKC,
+        segment_ids_BS=segment_ids_BS,
+        sliding_window=sliding_window,
+        part=part,
+        multiple=block,
+    )
+    return cut_spans(_attention(inputs, block), part.spans, T)
 
 
 def block_for(length: int, group: int) -> int:
@@ -95,9 +95,11 @@ def _attention_fwd(inputs: Inputs, block: int) -> tuple[jax.Array, tuple[Any, ..
 def _attention_bwd(block: int, residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Inputs]:
     inputs, out, lse = residuals
     delta_BTH = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-    rows = (inputs, dout, lse, delta_BTH)
-    dq, dk, dv = lax.map(lambda row: _backward_row(*row, block), rows)
-    return (Inputs(dq, dk, dv, None, None),)
+    dq, dk, dv = lax.map(
+        lambda row: _backward_row(Inputs(*row[0], inputs.starts), *row[1:], block),
+        (inputs[:-1], dout, lse, delta_BTH),
+    )
+    return (Inputs(dq, dk, dv, None, None, None),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -130,33 +132,39 @@ def _dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
     return lax.dot_general(a, b, (contract, ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-def _seen(i: jax.Array, j: jax.Array, first_T: jax.Array, block: int, group: int) -> jax.Array:
-    """Which query of block `i` sees which key of block `j`, [S, R]."""
-    rows = i * block + jnp.arange(block, dtype=jnp.int32)
-    cols = j * block + jnp.arange(block, dtype=jnp.int32)[:, None]
-    first = lax.dynamic_slice_in_dim(first_T, i * block, block)
-    seen = (cols <= rows) & (cols >= first)
-    return jnp.tile(seen, (1, group))
+def _query_starts(row: Inputs, block: int) -> jax.Array:
+    """The index in the row of the first query of every block, [blocks]."""
+    span = row.q.shape[0] // row.starts.shape[0]
+    return (row.starts[:, None] + jnp.arange(0, span, block, dtype=jnp.int32)).reshape(-1)
+
+
+def _seen(start: jax.Array, col: jax.Array, first_T: jax.Array, group: int) -> jax.Array:
+    """Which query of the block from index `start` sees which key of that from `col`, [S, R]."""
+    steps = jnp.arange(first_T.shape[0], dtype=jnp.int32)
+    rows, cols = start + steps, col + steps[:, None]
+    return jnp.tile((cols <= rows) & (cols >= first_T), (1, group))
 
 
 def _forward(inputs: Inputs, block: int) -> tuple[jax.Array, jax.Array]:
     """The output, and the log-sum-exp of the scores [B, T, H]."""
-    return lax.map(lambda row: _forward_row(row, block), inputs)
+    return lax.map(lambda row: _forward_row(Inputs(*row, inputs.starts), block), inputs[:-1])
 
 
 def _forward_row(row: Inputs, block: int) -> tuple[jax.Array, jax.Array]:
-    T, H, C = row.q.shape
+    _, H, C = row.q.shape
     N = row.k.shape[1]
     group, scale = H // N, C**-0.5
     queries = _by_query(row.q, N, block)
     keys, values_t = _by_key(row.k, block), _by_key(row.v, block).swapaxes(2, 3)
 
-    def query_block(i: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def query_block(
+        start: jax.Array, first: jax.Array, q: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         def step(j: jax.Array, carry: Any, masked: bool) -> Any:
             high, total, out_t = carry
             scores = _dot(keys[j], q, transposed=True)  # [N, S, R]
             if masked:
-                seen = _seen(i, j, row.first_BT, block, group)
+                seen = _seen(start, j * block, first, group)
                 scores = jnp.where(seen, scores, UNSEEN)
             higher = jnp.maximum(high, jnp.max(scores, axis=1))
             weights = jnp.exp((scores - higher[:, None]) * scale)
@@ -165,22 +173,15 @@ def _forward_row(row: Inputs, block: int) -> tuple[jax.Array, jax.Array]:
             out_t = out_t * shrink[:, None] + _dot(values_t[j], weights.astype(row.v.dtype))
             return higher, total, out_t
 
-        first = lax.dynamic_slice_in_dim(row.first_BT, i * block, block)
         R = group * block
         zero = jnp.zeros((N, R), jnp.float32)
-        high, total, out_t = walk(
-            first[0] // block,
-            (first[-1] + block - 1) // block,
-            i,
-            i + 1,
-            step,
-            (zero + UNSEEN, zero, jnp.zeros((N, C, R), jnp.float32)),
-        )
+        carry = (zero + UNSEEN, zero, jnp.zeros((N, C, R), jnp.float32))
+        high, total, out_t = walk(*key_blocks(first, start, block, block), step, carry)
         out = (out_t / total[:, None]).swapaxes(1, 2).astype(row.q.dtype)
         return out, high * scale + jnp.log(total)
 
-    blocks = jnp.arange(T // block, dtype=jnp.int32)
-    out, lse = lax.map(lambda xs: query_block(*xs), (blocks, queries))
+    blocks = (_query_starts(row, block), row.first_BT.reshape(-1, block), queries)
+    out, lse = lax.map(lambda xs: query_block(*xs), blocks)
     return _from_query(out, block), _from_query(lse, block)
 
 
@@ -188,14 +189,16 @@ def _backward_row(
     row: Inputs, dout: jax.Array, lse: jax.Array, delta: jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of the queries, keys and values of a row."""
-    T, H, C = row.q.shape
-    N = row.k.shape[1]
+    _, H, C = row.q.shape
+    S, N, _ = row.k.shape
     group, scale = H // N, C**-0.5
+    starts, firsts = _query_starts(row, block), row.first_BT.reshape(-1, block)
+    count = len(firsts) // len(row.starts)  # blocks of queries in a span
     queries, douts, lses, deltas = (_by_query(x, N, block) for x in (row.q, dout, lse, delta))
     keys, values = _by_key(row.k, block), _by_key(row.v, block)
 
     def key_block(dqs_t: jax.Array, xs: Any) -> Any:
-        j, k, v = xs
+        col, last, k, v = xs
         k_t = k.swapaxes(1, 2)
 
         def step(i: jax.Array, carry: Any, masked: bool) -> Any:
@@ -203,7 +206,7 @@ def _backward_row(
             q, dout = queries[i], douts[i]
             scores = _dot(k, q, transposed=True)  # [N, S, R]
             if masked:
-                seen = _seen(i, j, row.first_BT, block, group)
+                seen = _seen(starts[i], col, firsts[i], group)
                 scores = jnp.where(seen, scores, UNSEEN)
             weights = jnp.exp(scores * scale - lses[i][:, None])
             dweights = _dot(v, dout, transposed=True)
@@ -212,20 +215,17 @@ def _backward_row(
             dk += _dot(dscores, q)
             return dqs_t.at[i].add(_dot(k_t, dscores)), dk, dv
 
-        last = lax.dynamic_slice_in_dim(row.last_BT, j * block, block)
         zero = jnp.zeros(k.shape, jnp.float32)
-        dqs_t, dk, dv = walk(
-            j,
-            j + 1,
-            (last[0] + 1) // block,
-            last[-1] // block + 1,
-            step,
-            (dqs_t, zero, zero),
-        )
+        carry = (dqs_t, zero, zero)
+        for span, start in enumerate(row.starts):
+            bounds = query_blocks(last, col, start, count, block, block)
+            carry = walk(*(span * count + bound for bound in bounds), step, carry)
+        dqs_t, dk, dv = carry
         return dqs_t, ((dk * scale).astype(row.k.dtype), dv.astype(row.v.dtype))
 
-    blocks = jnp.arange(T // block, dtype=jnp.int32)
-    zeros = jnp.zeros((T // block, N, C, group * block), jnp.float32)
-    dqs_t, (dk, dv) = lax.scan(key_block, zeros, (blocks, keys, values))
+    cols = jnp.arange(0, S, block, dtype=jnp.int32)
+    zeros = jnp.zeros((len(queries), N, C, group * block), jnp.float32)
+    blocks = (cols, row.last_BS.reshape(-1, block), keys, values)
+    dqs_t, (dk, dv) = lax.scan(key_block, zeros, blocks)
     dq = (dqs_t * scale).astype(row.q.dtype).swapaxes(2, 3)
-    return _from_query(dq, block), *(x.swapaxes(1, 2).reshape(T, N, C) for x in (dk, dv))
+    return _from_query(dq, block), *(x.swapaxes(1, 2).reshape(S, N, C) for x in (dk, dv))
