@@ -128,17 +128,15 @@ def _local(
         highest_N = axes.highest(jnp.max(logits_NV, axis=-1))
         sums_N = axes.over_vocabulary(jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=-1))
         lse_N = highest_N + jnp.log(sums_N)
-        own_N = targets_N - first_row
-        here_N = (own_N >= 0) & (own_N < rows)
-        own_N = jnp.clip(own_N, 0, rows - 1)
-        chosen_N = jnp.take_along_axis(logits_NV, own_N[:, None], axis=-1)[:, 0]
-        chosen_N = axes.over_vocabulary(jnp.where(here_N, chosen_N, 0.0))
+        # A comparison fuses with what reads it; a scatter into the logits would copy them. A target
+        # in another device's part of the vocabulary hits nothing here.
+        hit_NV = (targets_N - first_row)[:, None] == jnp.arange(rows)
+        chosen_N = axes.over_vocabulary(jnp.sum(jnp.where(hit_NV, logits_NV, 0.0), axis=-1))
         total += jnp.sum((lse_N - chosen_N) * weights_N)
         if not (wanted.x or wanted.head):
             return (total, head_grad), None
-        slope_NV = jnp.exp(logits_NV - lse_N[:, None]) * weights_N[:, None]
-        hits_N = jnp.where(here_N, weights_N, 0.0)
-        slope_NV = slope_NV.at[jnp.arange(chunk), own_N].add(-hits_N).astype(x_ND.dtype)
+        slope_NV = jnp.exp(logits_NV - lse_N[:, None]) - hit_NV
+        slope_NV = (slope_NV * weights_N[:, None]).astype(x_ND.dtype)
         if wanted.head:
             head_grad += jnp.einsum("NV,ND->VD", slope_NV, x_ND, preferred_element_type=jnp.float32)
         x_grad = None
