@@ -1,4 +1,4 @@
-"""The useful floating-point operations of a training step, and those of a compiled program.
+"""The useful floating-point operations of a training step.
 
 Useful ones are what the training needs and nothing that an implementation adds (recomputation,
 masked halves of the attention, gradients nobody reads). A multiplication and an addition count as
@@ -9,18 +9,16 @@ D model, F feed-forward, H query heads, C head dim, V vocabulary, T sequence len
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-
-import jax
 
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import OUTER_BY_NAME, block_weights
+from llamapro_jax.program import compiled_matmul_flops
 from llamapro_jax.training.state import trains
+
+__all__ = ["StepFlops", "compiled_matmul_flops", "first_trained", "keys_seen", "step_flops"]
 
 
 @dataclass(frozen=True)
@@ -95,76 +93,3 @@ def step_flops(
         weight_gradients=weights,
         attention=attention * (blocks + 2 * reached),
     )
-
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_TARGET = re.compile(r'custom_call_target="([^"]*)"')
-_HIDDEN_MATMUL = re.compile("gemm|matmul|dot|conv", re.IGNORECASE)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
-
-
-def _dimensions(shape: str) -> list[int]:
-    found = _SHAPE.match(shape)
-    return _integers(found[1]) if found else []
-
-
-def matmul_flops_of_hlo(text: str) -> int:
-    """FLOPs of all matrix products of a compiled program, from its text (optimised HLO).
-
-    A loop's body counts as often as it runs. Raises ValueError where the text does not tell: a
-    loop without a known trip count, or a product that hides in a custom call.
-    """
-    own: dict[str, int] = {}
-    calls: dict[str, list[tuple[int, str]]] = {}
-    entry, current = "", ""
-    shapes: dict[str, list[int]] = {}
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            current, shapes = header[2], {}
-            own[current], calls[current] = 0, []
-            entry = current if header[1] else entry
-            continue
-        instruction = _INSTRUCTION.match(line)
-        if not instruction or not current:
-            continue
-        name, shape, operation, rest = instruction.groups()
-        shapes[name] = _dimensions(shape)
-        if operation == "dot":
-            left = re.findall(r"%([\w.\-]+)", rest)[0]
-            contracted = [shapes[left][d] for d in _integers(_CONTRACTED.search(rest)[1])]
-            own[current] += 2 * math.prod(shapes[name]) * math.prod(contracted)
-        elif operation == "convolution" or (
-            operation == "custom-call" and _HIDDEN_MATMUL.search(_TARGET.search(rest)[1])
-        ):
-            raise ValueError(f"cannot count the matrix product of {line.strip()[:200]}")
-        times = 1
-        called = _CALLED.findall(rest)
-        for branches in _BRANCHES.findall(rest):
-            called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-        if operation == "while":
-            trips = _TRIPS.search(rest)
-            if trips is None:
-                raise ValueError(f"no known trip count of {line.strip()[:200]}")
-            times = int(trips[1])
-        calls[current] += [(times, target) for target in called]
-
-    @cache
-    def total(computation: str) -> int:
-        inside = sum(times * total(target) for times, target in calls[computation])
-        return own[computation] + inside
-
-    return total(entry)
-
-
-def compiled_matmul_flops(compiled: jax.stages.Compiled) -> int:
-    """FLOPs of all matrix products of one run of a compiled function. See the other for errors."""
-    return matmul_flops_of_hlo(compiled.as_text())
