@@ -212,7 +212,7 @@ def check_model(config: ModelConfig, shape: Mapping[str, int]) -> None:
         "H": "num_attention_heads",
         "K": "num_key_value_heads",
     }
-    for weight in (*outer_weights(config), *block_weights(config)):
+    for weight in (*block_weights(config), *outer_weights(config)):
         for dim, axes in zip(weight.dims, LAYOUT.stored(weight), strict=True):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             parts, size = math.prod(shape[axis] for axis in axes), config.size(dim)
