@@ -21,6 +21,7 @@ from llamapro_jax.model.config import AttentionChoice, RematChoice
 from llamapro_jax.typed_yaml import option, validate
 
 __all__ = [
+    "ArchitectureConfig",
     "DataConfig",
     "EvalSourceConfig",
     "MeshConfig",
@@ -40,6 +41,7 @@ TRAINABLE_PARTS = ("all", "new", "embed", "head", "norms")
 MAY_CHANGE_ON_RESUME = (
     "output",
     "tracking",
+    "architecture",
     "mesh",
     "training.microbatch",
     "training.remat",
@@ -308,6 +310,23 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ArchitectureConfig:
+    """What the model will be, for `llamapro plan` before it is on disk; `train` checks it."""
+
+    base: str = option(
+        "What it is made of: the name of a published model (`llama2_7b`, `llama2_13b`, "
+        "`llama2_70b`, `llama3_8b`, `mistral_7b`), or the path of a config.json."
+    )
+    blocks: int = option("New blocks, spread as `llamapro expand --blocks` does.", 8)
+    per_group: int = option("New blocks of each group, as with `--per-group`.", 1)
+
+    def problems(self) -> Problems:
+        yield from _not_empty(self, "base")
+        yield from _not_negative(self, "blocks")
+        yield from _positive(self, "per_group")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrackingConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -354,6 +373,9 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     tracking: TrackingConfig = TrackingConfig()
+    architecture: ArchitectureConfig | None = option(
+        "What the model will be, where it is not on disk yet; null: nothing is assumed.", None
+    )
 
     def __post_init__(self) -> None:
         parts = (self.trainable,) if isinstance(self.trainable, str) else self.trainable

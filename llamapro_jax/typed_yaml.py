@@ -228,7 +228,7 @@ def option_rows(cls: type, prefix: str = "") -> Iterator[OptionRow]:
             required = field.default is dataclasses.MISSING
             default = "required" if required else _plain_text(field.default)
             yield OptionRow(path, describe_type(kind), default, field.metadata.get("doc", ""))
-            path += ".N"
+            path += "" if _is_union(kind) else ".N"
         if section is not None:
             yield from option_rows(section, f"{path}.")
 
