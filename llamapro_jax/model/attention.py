@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from llamapro_jax.errors import UserError, nearest
+from llamapro_jax.model import context
 from llamapro_jax.model.config import AttentionChoice
-from llamapro_jax.model.kernels import RESIDUALS, Problem
-from llamapro_jax.sharding import activation, current_mesh, current_platform
+from llamapro_jax.model.kernels import RESIDUALS, WHOLE, Part, Problem, take_spans
+from llamapro_jax.sharding import activation, axis_size, current_mesh, current_platform
 
 IMPLEMENTATIONS: tuple[AttentionChoice, ...] = get_args(AttentionChoice)
 
@@ -94,7 +95,8 @@ def attention(
     positions are asked for. Heads may be grouped: H is a multiple of K.
 
     platform: what the program is compiled for, when that is neither the current mesh's nor
-    `jax.default_backend()`. Under a mesh the arrays are laid out as `sharding.LAYOUT` says.
+    `jax.default_backend()`. Under a mesh the arrays are laid out as `sharding.LAYOUT` says, and
+    rows that devices share as `context.spread` orders them.
 
     Raises UserError when `implementation` is unknown or cannot run here; says what would.
     """
@@ -123,7 +125,10 @@ def _local(
     segment_ids_BT: jax.Array | None,
 ) -> jax.Array:
     """What one device computes: its rows and heads, and its part of each row."""
-    return _kernel(name)(
+    kernel = _kernel(name)
+    if axis_size(context.AXIS) > 1:
+        kernel = functools.partial(context.attention, kernel)
+    return kernel(
         q_BTHC, k_BTKC, v_BTKC, segment_ids_BT=segment_ids_BT, sliding_window=sliding_window
     )
 
@@ -157,6 +162,7 @@ def problem_of(
         head_dim=head_dim,
         packed=segment_ids_BT is not None,
         sliding_window=sliding_window,
+        context=axis_size(context.AXIS),
     )
 
 
@@ -236,14 +242,17 @@ def _kernel(implementation: str) -> Callable[..., jax.Array]:
 
 def _reference(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
     *,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
+    part: Part = WHOLE,
 ) -> jax.Array:
-    B, T = q_BTHC.shape[:2]
-    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    ids_BT = jnp.zeros_like(index_BT) if segment_ids_BT is None else segment_ids_BT
-    mask_BTT = attention_mask(index_BT, index_BT, ids_BT, ids_BT, sliding_window)
-    return reference_attention(q_BTHC, k_BTKC, v_BTKC, mask_BTT)
+    B, S = k_BSKC.shape[:2]
+    keys_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+    ids_BS = jnp.zeros_like(keys_BS) if segment_ids_BT is None else segment_ids_BT
+    starts, span = part.starts(S), q_BTHC.shape[1] // part.spans
+    queries_BT, ids_BT = (take_spans(x_BS, starts, span) for x_BS in (keys_BS, ids_BS))
+    mask_BTS = attention_mask(queries_BT, keys_BS, ids_BT, ids_BS, sliding_window)
+    return reference_attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS)

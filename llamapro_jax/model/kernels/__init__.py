@@ -1,8 +1,9 @@
 """Fused attention kernels, each causal self-attention over packed rows.
 
-All take `(q_BTHC, k_BSKC, v_BSKC, *, segment_ids_BS, sliding_window, part)` and return [B, T, H, C]
-in the dtype of `q`. Keys are a whole row; queries are the same row, or the `Part` of it that one of
-several devices has (`llamapro_jax.model.context`). `segment_ids_BS` None means one segment a row.
+All take `(q_BTHC, k_BSKC, v_BSKC, *, segment_ids_BT, sliding_window, part)` and return [B, T, H, C]
+in the dtype of `q`. Keys and segment ids are those of a whole row; queries are the same row, or the
+`Part` of it that one of several devices has (`llamapro_jax.model.context`). No ids (None) means one
+segment a row.
 
 A segment is a run of equal ids, so the keys that a query sees are one interval of indices,
 `[first, query]`: what `visible_keys` gives, and what the kernels skip blocks by. Padding is a
@@ -85,7 +86,7 @@ def prepare(
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     *,
-    segment_ids_BS: jax.Array | None,
+    segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
     part: Part,
     multiple: int,
@@ -99,7 +100,7 @@ def prepare(
     chunk = q_BTHC.shape[1] // part.spans
     span = round_up(chunk, multiple)
     keys = round_up(S - chunk + span, multiple)  # the last span too ends within the keys
-    visible = visible_keys(segment_ids_BS, (B, S), sliding_window)
+    visible = visible_keys(segment_ids_BT, (B, S), sliding_window)
     first_BS, last_BS = (pad_visible(x_BS, keys) for x_BS in visible)
     starts = part.starts(S)
     return Inputs(

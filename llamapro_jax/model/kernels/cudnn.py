@@ -36,6 +36,11 @@ def obstacle(problem: Problem) -> str | None:
             "rows are packed with several documents, and jax's public interface to cuDNN takes no "
             "segment ids; set attention to auto or pallas_gpu"
         )
+    if problem.context > 1:
+        return (
+            f"rows are shared by {problem.context} devices (mesh.context), and cuDNN takes them "
+            "whole; set attention to auto or pallas_gpu"
+        )
     if problem.dtype not in ("bfloat16", "float16"):
         return f"dtype is {problem.dtype}, and cuDNN takes bfloat16 or float16; set compute_dtype"
     if problem.head_dim > LARGEST_HEAD or problem.head_dim % 8:

@@ -31,11 +31,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from llamapro_jax.model.kernels import (
     RESIDUALS,
+    WHOLE,
+    Inputs,
+    Part,
     Problem,
-    pad_length,
-    pad_visible,
-    round_up,
-    visible_keys,
+    cut_spans,
+    key_blocks,
+    prepare,
+    query_blocks,
     walk,
 )
 
@@ -119,43 +122,38 @@ def obstacle(problem: Problem) -> str | None:
 
 def attention(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
     *,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
+    part: Part = WHOLE,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.attention.attention`.
+    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.kernels`.
 
     tiles: other tiles than those for this dtype and head size. interpret: run the kernels as
     plain JAX, on any platform (for tests).
     """
-    B, T, _, C = q_BTHC.shape
-    tiles = (tiles or tiles_for(q_BTHC.dtype, C)).at_most(T)
-    length = round_up(T, tiles.longest)
+    T, C = q_BTHC.shape[1], q_BTHC.shape[3]
+    tiles = (tiles or tiles_for(q_BTHC.dtype, C)).at_most(T // part.spans)
     head = max(SMALLEST_BLOCK, pl.next_power_of_2(C))
 
     def padded(x: jax.Array) -> jax.Array:
-        x = pad_length(x, length)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head - C))) if head != C else x
 
-    visible = visible_keys(segment_ids_BT, (B, T), sliding_window)
-    first_BT, last_BT = (pad_visible(x_BT, length) for x_BT in visible)
-    inputs = Inputs(padded(q_BTHC), padded(k_BTKC), padded(v_BTKC), first_BT, last_BT)
+    inputs = prepare(
+        padded(q_BTHC),
+        padded(k_BSKC),
+        padded(v_BSKC),
+        segment_ids_BT=segment_ids_BT,
+        sliding_window=sliding_window,
+        part=part,
+        multiple=tiles.longest,
+    )
     out_BTHC = _attention(inputs, Setup(tiles, C**-0.5, interpret))
-    return out_BTHC[:, :T, :, :C]
-
-
-class Inputs(NamedTuple):
-    """Padded operands, and the intervals that `visible_keys` gave."""
-
-    q: jax.Array  # [B, T, H, C]
-    k: jax.Array  # [B, T, K, C]
-    v: jax.Array  # [B, T, K, C]
-    first_BT: jax.Array
-    last_BT: jax.Array
+    return cut_spans(out_BTHC, part.spans, T)[..., :C]
 
 
 class Gradient(NamedTuple):
@@ -185,7 +183,7 @@ def _attention_bwd(
     gradient = Gradient(dout, lse_BHT, delta_BTH.swapaxes(1, 2))
     dq = _backward_dq(inputs, gradient, setup)
     dk, dv = _backward_dkv(inputs, gradient, setup)
-    return (Inputs(dq, dk, dv, None, None),)
+    return (Inputs(dq, dk, dv, None, None, None),)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -197,14 +195,11 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b, precision=precision)
 
 
-def _key_blocks(first_q: jax.Array, row: Any, block_q: int, block_k: int) -> tuple[Any, ...]:
-    """For a block of queries from `row`: the blocks of keys that it sees, and sees wholly."""
-    return (
-        lax.div(jnp.min(first_q), block_k),
-        lax.div(jnp.max(first_q) + (block_k - 1), block_k),
-        lax.div(row + 1, block_k),
-        lax.div(row + (block_q + block_k - 1), block_k),
-    )
+def _first_row(starts_ref: Any, block_q: int) -> Any:
+    """The index in the row of the first query of this program; its blocks are the grid's first."""
+    count = pl.num_programs(0) // starts_ref.shape[0]
+    i = pl.program_id(0)
+    return starts_ref[lax.div(i, count)] + lax.rem(i, count) * block_q
 
 
 def _forward_kernel(
@@ -212,6 +207,7 @@ def _forward_kernel(
     k_ref: Any,
     v_ref: Any,
     first_ref: Any,
+    starts_ref: Any,
     out_ref: Any,
     lse_ref: Any,
     *,
@@ -219,7 +215,7 @@ def _forward_kernel(
     scale: float,
 ) -> None:
     block_q, C = q_ref.shape
-    row = pl.program_id(0) * block_q
+    row = _first_row(starts_ref, block_q)
     rows_q = row + jnp.arange(block_q, dtype=jnp.int32)
     q, first_q = q_ref[...], first_ref[...]
 
@@ -243,7 +239,7 @@ def _forward_kernel(
         jnp.zeros((block_q,), jnp.float32),
         jnp.zeros((block_q, C), jnp.float32),
     )
-    high_q, sum_q, out = walk(*_key_blocks(first_q, row, block_q, block_k), step, carry)
+    high_q, sum_q, out = walk(*key_blocks(first_q, row, block_q, block_k), step, carry)
     out_ref[...] = (out / sum_q[:, None]).astype(out_ref.dtype)
     lse_ref[...] = high_q + jnp.log2(sum_q)
 
@@ -256,6 +252,7 @@ def _dkv_kernel(
     lse_ref: Any,
     delta_ref: Any,
     last_ref: Any,
+    starts_ref: Any,
     dk_ref: Any,
     dv_ref: Any,
     *,
@@ -266,21 +263,17 @@ def _dkv_kernel(
     col = pl.program_id(0) * block_k
     cols_k = col + jnp.arange(block_k, dtype=jnp.int32)
     k, v, last_k = k_ref[...], v_ref[...], last_ref[...]
-    blocks = (
-        lax.div(col, block_q),
-        lax.div(col + (block_k + block_q - 2), block_q),
-        lax.div(jnp.min(last_k) + 1, block_q),
-        lax.div(jnp.max(last_k) + block_q, block_q),
-    )
+    spans = starts_ref.shape[0]
+    span = q_ref.shape[0] // spans
 
     def head(g: Any, carry: Any) -> Any:
-        def step(i: Any, carry: Any, masked: bool) -> Any:
+        def step(i: Any, carry: Any, masked: bool, begin: int, start: Any) -> Any:
             dk, dv = carry
-            queries = pl.ds(i * block_q, block_q)
+            queries = pl.ds(begin + i * block_q, block_q)
             q, dout = q_ref[queries, g, :], dout_ref[queries, g, :]
             scores = _dot(k, q.T) * (scale * math.log2(math.e))
             if masked:
-                rows_q = i * block_q + jnp.arange(block_q, dtype=jnp.int32)
+                rows_q = start + i * block_q + jnp.arange(block_q, dtype=jnp.int32)
                 seen = (cols_k[:, None] <= rows_q[None]) & (rows_q[None] <= last_k[:, None])
                 scores = jnp.where(seen, scores, UNSEEN)
             weights = jnp.exp2(scores - lse_ref[g, queries][None])
@@ -289,7 +282,12 @@ def _dkv_kernel(
             dk += _dot(dscores.astype(q.dtype), q)
             return dk, dv
 
-        return walk(*blocks, step, carry)
+        for n in range(spans):
+            start = starts_ref[n]
+            blocks = query_blocks(last_k, col, start, span // block_q, block_q, block_k)
+            of_span = functools.partial(step, begin=n * span, start=start)
+            carry = walk(*blocks, of_span, carry)
+        return carry
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (zeros, zeros))
@@ -305,13 +303,14 @@ def _dq_kernel(
     lse_ref: Any,
     delta_ref: Any,
     first_ref: Any,
+    starts_ref: Any,
     dq_ref: Any,
     *,
     block_k: int,
     scale: float,
 ) -> None:
     block_q = q_ref.shape[0]
-    row = pl.program_id(0) * block_q
+    row = _first_row(starts_ref, block_q)
     rows_q = row + jnp.arange(block_q, dtype=jnp.int32)
     q, dout, first_q = q_ref[...], dout_ref[...], first_ref[...]
     lse_q, delta_q = lse_ref[...], delta_ref[...]
@@ -328,7 +327,7 @@ def _dq_kernel(
         dscores = weights * (_dot(dout, v_ref[keys, :].T) - delta_q[:, None])
         return dq + _dot(dscores.astype(k.dtype), k)
 
-    dq = walk(*_key_blocks(first_q, row, block_q, block_k), step, jnp.zeros(q.shape, jnp.float32))
+    dq = walk(*key_blocks(first_q, row, block_q, block_k), step, jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
 
@@ -347,19 +346,20 @@ def _forward(inputs: Inputs, setup: Setup) -> tuple[jax.Array, jax.Array]:
     B, T, H, C = inputs.q.shape
     tile = setup.tiles.forward
     query, row = _query_block(tile, C), _whole_row(inputs)
+    first = pl.BlockSpec((None, tile.q), lambda i, b, h: (b, i))
     return _call(
         functools.partial(_forward_kernel, block_k=tile.k),
         tile,
         setup,
         "attention_forward",
         grid=(T // tile.q, B, H),
-        in_specs=[query, row, row, pl.BlockSpec((None, tile.q), lambda i, b, h: (b, i))],
+        in_specs=[query, row, row, first, _starts(inputs)],
         out_specs=[query, pl.BlockSpec((None, None, tile.q), lambda i, b, h: (b, h, i))],
         out_shape=[
             jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ],
-    )(inputs.q, inputs.k, inputs.v, inputs.first_BT)
+    )(inputs.q, inputs.k, inputs.v, inputs.first_BT, inputs.starts)
 
 
 def _backward_dq(inputs: Inputs, gradient: Gradient, setup: Setup) -> jax.Array:
@@ -374,15 +374,15 @@ def _backward_dq(inputs: Inputs, gradient: Gradient, setup: Setup) -> jax.Array:
         setup,
         "attention_backward_dq",
         grid=(T // tile.q, B, H),
-        in_specs=[query, row, row, query, stats, stats, first],
+        in_specs=[query, row, row, query, stats, stats, first, _starts(inputs)],
         out_specs=query,
         out_shape=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
-    )(inputs.q, inputs.k, inputs.v, *gradient, inputs.first_BT)
+    )(inputs.q, inputs.k, inputs.v, *gradient, inputs.first_BT, inputs.starts)
 
 
 def _backward_dkv(inputs: Inputs, gradient: Gradient, setup: Setup) -> tuple[jax.Array, jax.Array]:
     B, T, H, C = inputs.q.shape
-    K = inputs.k.shape[2]
+    S, K = inputs.k.shape[1:3]
     tile = setup.tiles.dkv
     # A program reads the query heads of one group: a block of G heads beside one another.
     group = pl.BlockSpec((None, T, H // K, C), lambda j, b, h: (b, 0, h, 0))
@@ -394,11 +394,11 @@ def _backward_dkv(inputs: Inputs, gradient: Gradient, setup: Setup) -> tuple[jax
         tile,
         setup,
         "attention_backward_dkv",
-        grid=(T // tile.k, B, K),
-        in_specs=[group, block, block, group, stats, stats, last],
+        grid=(S // tile.k, B, K),
+        in_specs=[group, block, block, group, stats, stats, last, _starts(inputs)],
         out_specs=[block, block],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)],
-    )(inputs.q, inputs.k, inputs.v, *gradient, inputs.last_BT)
+    )(inputs.q, inputs.k, inputs.v, *gradient, inputs.last_BS, inputs.starts)
 
 
 def _query_block(tile: Tile, head_dim: int) -> pl.BlockSpec:
@@ -408,6 +408,10 @@ def _query_block(tile: Tile, head_dim: int) -> pl.BlockSpec:
 
 def _whole_row(inputs: Inputs) -> pl.BlockSpec:
     """All keys or values of a row, of the head that query head `h` shares."""
-    _, T, H, C = inputs.q.shape
-    group = H // inputs.k.shape[2]
-    return pl.BlockSpec((None, T, None, C), lambda i, b, h: (b, 0, lax.div(h, group), 0))
+    _, S, K, C = inputs.k.shape
+    group = inputs.q.shape[2] // K
+    return pl.BlockSpec((None, S, None, C), lambda i, b, h: (b, 0, lax.div(h, group), 0))
+
+
+def _starts(inputs: Inputs) -> pl.BlockSpec:
+    return pl.BlockSpec(inputs.starts.shape, lambda *_: (0,))

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
 
-from llamapro_jax.model.kernels import RESIDUALS, Problem, pad_length, round_up
+from llamapro_jax.model.kernels import (
+    RESIDUALS,
+    WHOLE,
+    Part,
+    Problem,
+    cut_spans,
+    pad_length,
+    pad_spans,
+    round_up,
+    take_spans,
+)
 
 # A vector register of a TPU is this wide: blocks are multiples of it.
 LANES = 128
@@ -40,59 +51,90 @@ def block_for(length: int) -> int:
     return next(block for block in BLOCKS if round_up(length, block) <= allowed)
 
 
-def block_sizes(block: int) -> splash_attention_kernel.BlockSizes:
+def block_sizes(queries: int, keys: int) -> splash_attention_kernel.BlockSizes:
     """Blocks of the three kernels: the forward pass, and both of the backward pass."""
-    compute = min(block, COMPUTE_BLOCK)
+    compute = min(keys, COMPUTE_BLOCK)
     return splash_attention_kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
+        block_q=queries,
+        block_kv=keys,
         block_kv_compute=compute,
-        block_q_dkv=block,
-        block_kv_dkv=block,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
         block_kv_dkv_compute=compute,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q_dq=queries,
+        block_kv_dq=keys,
     )
 
 
 def attention(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
     *,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
+    part: Part = WHOLE,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.attention.attention`.
+    """Causal self-attention, [B, T, H, C]; see `llamapro_jax.model.kernels`.
 
     interpret: run the kernels as plain JAX, on any platform (for tests).
     """
-    _, T, H, C = q_BTHC.shape
-    block = block_for(T)
-    length = round_up(T, block)
-    # Rows are padded at their end, where no token of the row can see.
-    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((length, length))
-    if sliding_window is not None and sliding_window < length:
-        mask = splash_attention_mask.LocalMask((length, length), (sliding_window - 1, 0), 0)
+    (_, T, H, C), S = q_BTHC.shape, k_BSKC.shape[1]
+    chunk = T // part.spans
+    blocks = block_sizes(block_for(chunk), block_for(S))
+    span = round_up(chunk, blocks.block_q)
+    length = round_up(S - chunk + span, blocks.block_kv)
+    kernel = _kernel(H, S, span, length, sliding_window, part, blocks, interpret)
+    # The kernel does not scale the scores.
+    q_BTHC = pad_spans(q_BTHC * jnp.asarray(C**-0.5, q_BTHC.dtype), part.spans, span)
+    operands = (q_BTHC, pad_length(k_BSKC, length), pad_length(v_BSKC, length))
+    by_head = [x.swapaxes(1, 2) for x in operands]
+    if segment_ids_BT is None:
+        out_BHTC = jax.vmap(kernel)(*by_head)
+    else:
+        ids_BS = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, length - S)))
+        ids_BT = take_spans(ids_BS, part.starts(S), span)
+        ids = splash_attention_kernel.SegmentIds(ids_BT, ids_BS)
+        out_BHTC = jax.vmap(kernel)(*by_head, ids)
+    return cut_spans(out_BHTC.swapaxes(1, 2), part.spans, T)
+
+
+def _kernel(
+    heads: int,
+    S: int,
+    span: int,
+    length: int,
+    sliding_window: int | None,
+    part: Part,
+    blocks: splash_attention_kernel.BlockSizes,
+    interpret: bool,
+) -> splash_attention_kernel.SplashAttentionKernel:
+    """The kernel for the queries of `part`, `span` of them padded, and `length` padded keys.
+
+    Which blocks to skip is known for the queries of all parts when the program is traced; each
+    device takes what is its own.
+    """
+    parts = [Part(index, part.count) for index in range(part.count)]
+    starts = np.array([start for each in parts for start in each.starts(S)])
+    indices = (starts[:, None] + np.arange(span)).reshape(-1).astype(np.int32)
+    shape = (len(indices), length)
+    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask(shape)
+    if sliding_window is not None and sliding_window < S:
+        mask = splash_attention_mask.LocalMask(shape, (sliding_window - 1, 0), 0)
+    mask.q_sequence = indices
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([mask] * H),
-        block_sizes=block_sizes(block),
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=part.count,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
 
-    def by_head(x_BTHC: jax.Array) -> jax.Array:
-        return pad_length(x_BTHC, length).swapaxes(1, 2)
+    def own(x: jax.Array) -> jax.Array:
+        axis = 1 if x.ndim == 3 else 0  # of tables of blocks, [1, T, S], and of indices, [T]
+        size = x.shape[axis] // part.count
+        return jax.lax.dynamic_slice_in_dim(x, part.index * size, size, axis)
 
-    # The kernel does not scale the scores.
-    q_BHTC = by_head(q_BTHC * jnp.asarray(C**-0.5, q_BTHC.dtype))
-    if segment_ids_BT is None:
-        out_BHTC = jax.vmap(kernel)(q_BHTC, by_head(k_BTKC), by_head(v_BTKC))
-    else:
-        ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, length - T)))
-        ids = splash_attention_kernel.SegmentIds(ids_BT, ids_BT)
-        out_BHTC = jax.vmap(kernel)(q_BHTC, by_head(k_BTKC), by_head(v_BTKC), ids)
-    return out_BHTC.swapaxes(1, 2)[:, :T]
+    return kernel if part.count == 1 else jax.tree.map(own, kernel)
