@@ -87,7 +87,8 @@ class MetricsWriter:
     `resume_step`: the step of the checkpoint that the run goes on from. Later records are removed
     first (in one rename), and a record that is there already is not written again, so that the
     file becomes what an uninterrupted run would have written. None begins an empty file.
-    `config`: the run's settings, shown by Weights & Biases. Use as a context manager.
+    `config`: the run's settings, shown by Weights & Biases. `silent`: of several processes one
+    writes; the others only know what is recorded. Use as a context manager.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class MetricsWriter:
         wandb_project: str | None = None,
         wandb_mode: str = "online",
         config: Mapping[str, Any] | None = None,
+        silent: bool = False,
     ):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -106,10 +108,13 @@ class MetricsWriter:
         kept: list[Record] = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        atomic_write(path, "".join(map(_line, kept)))
         self._written = {_key(record) for record in kept}
-        self._file = path.open("a", encoding="utf-8")
         self._trackers: list[_Guarded] = []
+        self._file: TextIO | None = None
+        if silent:
+            return
+        atomic_write(path, "".join(map(_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             first = 0 if resume_step is None else resume_step + 1
             self._trackers.append(_Guarded("TensorBoard", partial(_TensorBoard, directory, first)))
@@ -133,6 +138,8 @@ class MetricsWriter:
         if _key(record) in self._written:
             return record
         self._written.add(_key(record))
+        if self._file is None:
+            return record
         self._file.write(_line(record))
         self._file.flush()
         prefix = f"{kind}/{record['name']}" if "name" in record else kind
@@ -146,7 +153,8 @@ class MetricsWriter:
         return record
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for tracker in self._trackers:
             tracker.call("close")
 
@@ -278,17 +286,25 @@ class ProgressDisplay:
     """A progress bar on a terminal, plain lines elsewhere. Use as a context manager.
 
     `steps` is the length of the run, `first_step` the number of steps done before this process.
+    `silent`: show nothing, since another process does.
     """
 
-    def __init__(self, steps: int, first_step: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self,
+        steps: int,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        *,
+        silent: bool = False,
+    ):
         self._steps = steps
         self._since = (first_step, time.monotonic())
         self._compiled = False
         stream = stream or sys.stdout
-        self._console = Console(file=stream, highlight=False, markup=False)
+        self._console = Console(file=stream, highlight=False, markup=False, quiet=silent)
         self._bar: Progress | None = None
         # `isatty` too: FORCE_COLOR makes rich call a pipe a terminal.
-        if self._console.is_interactive and stream.isatty():
+        if self._console.is_interactive and stream.isatty() and not silent:
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from llamapro_jax.data.prefetch import Prefetcher
-from llamapro_jax.data.rows import stack_rows
+from llamapro_jax.launch.processes import settled
+from llamapro_jax.training.batches import evaluation_batch
 from llamapro_jax.training.step import Batch, Metrics
 
 
@@ -20,20 +21,21 @@ def held_out_loss(
     rows: Any,
     batch_size: int,
     max_batches: int | None,
+    mesh: Mesh,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The mean loss of a text's first `max_batches` batches (None: of all its rows).
 
-    step: as `training.step.build_eval_step` gives it. Returns loss (nats a token), perplexity,
+    step: as `training.step.build_eval_step` gives it. All processes of the mesh call this; rows
+    may be of any number, padding fills the last batch. Returns loss (nats a token), perplexity,
     tokens (those predicted) and, where the number of bytes of the text is known, bits_per_byte.
     None when `stopped()` came true on the way.
     """
     count = math.ceil(len(rows) / batch_size)
     count = count if max_batches is None else min(count, max_batches)
 
-    def batch(index: int) -> Mapping[str, np.ndarray]:
-        chosen = range(index * batch_size, min((index + 1) * batch_size, len(rows)))
-        return stack_rows([rows[i] for i in chosen], batch_size)
+    def batch(index: int) -> Batch:
+        return evaluation_batch(rows, index * batch_size, batch_size, mesh)
 
     totals = {"nll": 0.0, "tokens": 0}
     waiting: list[Metrics] = []
@@ -47,7 +49,7 @@ def held_out_loss(
         for one in batches:
             if stopped():
                 return None
-            waiting.append(step(params, one))
+            waiting.append(settled(step(params, one)))
             # The device always has the next batch, and never a queue of many.
             collect(keep=1)
     collect(keep=0)

@@ -3,6 +3,10 @@
 What a run has done is a function of its configuration and the number of steps: the batch is one
 of (seed, step), and a checkpoint holds all else. So a run that was killed and started again gives
 the same bits as one that was not.
+
+Of several processes (`llamapro_jax.launch.processes`) all go the same way through this module and
+call whatever runs on the devices in the same order; the first one alone writes and speaks, but for
+checkpoints, which all write.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,14 @@ from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import write_json
 from llamapro_jax.flops import step_flops
+from llamapro_jax.launch.processes import from_first, is_first, settled
 from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
 from llamapro_jax.model.llama import Params
 from llamapro_jax.model.params import load_params
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.optimizer import build_optimizer
+from llamapro_jax.sharding import replicated
+from llamapro_jax.training.batches import place_batch
 from llamapro_jax.training.evaluation import held_out_loss
 from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
@@ -45,7 +53,7 @@ from llamapro_jax.training.state import (
     partition,
     trainable_table,
 )
-from llamapro_jax.training.step import build_eval_step, build_train_step
+from llamapro_jax.training.step import Batch, build_eval_step, build_train_step
 from llamapro_jax.training.stopping import StopSignals
 
 
@@ -57,17 +65,24 @@ def train(config: RunConfig) -> Path:
     """
     validate(config)
     directory = Path(config.output)
-    summary = finished(config)
-    if summary is not None:
-        print(f"{directory}: is finished ({summary['steps']} steps). {_frozen_line(summary)}.")
-        return directory
     with StopSignals() as stop, RunLock() as lock:
         with stop.at_once(
             f"{directory}: stopped while it was prepared. Run the same command again to go on."
         ):
+            summary = from_first(lambda: finished(config))
+            if summary is not None:
+                steps = summary["steps"]
+                _say(f"{directory}: is finished ({steps} steps). {_frozen_line(summary)}.")
+                return directory
             setup = prepare(config, lock)
-        _run(setup, stop)
+        with jax.set_mesh(setup.mesh):
+            _run(setup, stop)
     return directory
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
 
 
 @dataclass
@@ -95,7 +110,8 @@ class _Progress:
 def _run(setup: Setup, stop: StopSignals) -> None:
     config, source = setup.config, setup.source
     spec, dtype = config.trainable, config.compute_dtype
-    print(format_table(trainable_table(source.config, source.plan, spec, dtype)), flush=True)
+    _say(format_table(trainable_table(source.config, source.plan, spec, dtype)))
+    stop.agree_over(setup.mesh)
     setup, state, frozen, optimizer = _load(setup)
     with (
         Checkpoints(setup.directory / CHECKPOINTS, config.training.keep) as checkpoints,
@@ -106,8 +122,11 @@ def _run(setup: Setup, stop: StopSignals) -> None:
             wandb_project=config.tracking.wandb_project,
             wandb_mode=config.tracking.wandb_mode,
             config=asdict(config),
+            silent=not is_first(),
         ) as metrics,
-        ProgressDisplay(config.training.steps, setup.resume_step or 0) as display,
+        ProgressDisplay(
+            config.training.steps, setup.resume_step or 0, silent=not is_first()
+        ) as display,
         full_precision(jnp.dtype(dtype)),
     ):
         seconds = 0.0
@@ -151,7 +170,7 @@ def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransf
     The frozen weights are compared with those of the run's first go, whose checksums it records.
     """
     config, source = setup.config, setup.source
-    params = load_params(source, dtype_of(config.trainable, config.compute_dtype))
+    params = load_params(source, dtype_of(config.trainable, config.compute_dtype), setup.mesh)
     trainable, frozen = partition(params, config.trainable)
     check_trainable(trainable, source.config, source.plan, config.trainable)
     optimizer = build_optimizer(
@@ -160,7 +179,8 @@ def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransf
     found = checksums(frozen)
     if not setup.record.frozen:
         setup = replace(setup, record=replace(setup.record, frozen=found))
-        setup.record.write(setup.directory)
+        if is_first():
+            setup.record.write(setup.directory)
     changed = _differing(setup.record.frozen, found)
     if changed:
         raise UserError(
@@ -168,7 +188,7 @@ def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransf
             "began, though the model's fingerprint is the same; its files are damaged. Put back "
             "the original."
         )
-    return setup, init_state(trainable, frozen, optimizer), frozen, optimizer
+    return setup, settled(init_state(trainable, frozen, optimizer)), frozen, optimizer
 
 
 def _differing(before: Any, after: Any) -> list[str]:
@@ -187,14 +207,17 @@ def _restore(
             f"{checkpoints.directory / str(setup.resume_step)}: was trained on another base than "
             "run.json says; it is another run's. Put back what belongs here."
         )
-    step = jnp.asarray(setup.resume_step, jnp.int32)
+    step = jax.make_array_from_callback(
+        (), replicated(setup.mesh), lambda _: np.asarray(setup.resume_step, np.int32)
+    )
     return TrainState(step, trainable, optimizer), float(meta["seconds"])
 
 
-def _batch(setup: Setup, step: int) -> dict[str, np.ndarray]:
-    batch = setup.data.mixture.batch(step)
-    batch.pop("source")
-    return batch
+def _batch(setup: Setup, step: int) -> Batch:
+    mixture = setup.data.mixture
+    return place_batch(
+        partial(mixture.rows, step), mixture.batch_size, mixture.sequence_length, setup.mesh
+    )
 
 
 def _take_steps(run: _Progress) -> None:
@@ -210,7 +233,7 @@ def _take_steps(run: _Progress) -> None:
     waiting: Any = None
     with Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches:
         for batch in batches:
-            run.state, metrics = compiled(run.state, run.frozen, batch)
+            run.state, metrics = settled(compiled(run.state, run.frozen, batch))
             run.step += 1
             # One step waits while another runs: the device is busy, and a stop is never far.
             jax.block_until_ready(waiting)
@@ -287,12 +310,12 @@ def _require_finite(run: _Progress, metrics: Any) -> None:
 
 def _evaluate_if_due(run: _Progress) -> None:
     """Writes the losses of the held-out texts that the log does not have yet."""
-    config, data = run.setup.config, run.setup.data
+    setup, config = run.setup, run.setup.config
     training = config.training
     ends = run.step in (0, training.steps)
     if not (ends or _due(run.step, training.eval_every)):
         return
-    for name, rows in data.held_out.items():
+    for name, rows in setup.data.held_out.items():
         if run.metrics.recorded("eval", run.step, name):
             continue
         figures = held_out_loss(
@@ -301,6 +324,7 @@ def _evaluate_if_due(run: _Progress) -> None:
             rows,
             config.data.batch_size,
             training.eval_batches,
+            setup.mesh,
             run.stop.requested,
         )
         if figures is None:
@@ -343,6 +367,12 @@ def _finish(run: _Progress) -> None:
             f"{setup.directory}: frozen weights changed while training: {', '.join(changed[:5])}. "
             "The run is not to be trusted; please report this."
         )
+    if is_first():
+        _summarise(run)
+
+
+def _summarise(run: _Progress) -> None:
+    setup = run.setup
     records = read_metrics(setup.directory)
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))

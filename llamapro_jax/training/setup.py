@@ -4,16 +4,22 @@ The order is from cheap to dear: the configuration, a run that is there already,
 architecture and plan, whether the texts exist. A new run then prepares its texts and takes the hash
 of the model; one that goes on compares the hash of the model and those of the texts before it opens
 them. A new run directory appears whole, with its texts prepared, or not at all.
+
+Of several processes the first does all that. The others wait, and then open what it says, in the
+same run directory: that, the model and the prepared texts lie on a file system that all share.
 """
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import (
@@ -25,20 +31,28 @@ from llamapro_jax.config import (
     load_config,
     save_config,
 )
-from llamapro_jax.data.dataset import Rows
+from llamapro_jax.data.dataset import Rows, open_rows
 from llamapro_jax.data.dataset import open_source as open_rows_of
 from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.data.prepare import text_fingerprint
 from llamapro_jax.data.text import text_files
 from llamapro_jax.errors import UserError
-from llamapro_jax.files import atomic_directory, read_json, require_new_directory, write_json
+from llamapro_jax.files import (
+    atomic_directory,
+    atomic_write,
+    read_json,
+    require_new_directory,
+    write_json,
+)
 from llamapro_jax.hf.config import read_config, render
 from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_first
 from llamapro_jax.model.attention import choose, platform_of
 from llamapro_jax.model.kernels import Problem
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
+from llamapro_jax.sharding import build_mesh, check_batch, check_model
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
-from llamapro_jax.sources import Source, open_source
+from llamapro_jax.sources import FlaxSource, Source, open_source
 from llamapro_jax.training.lock import RunLock, taken
 from llamapro_jax.training.run_directory import (
     CHECKPOINTS,
@@ -52,19 +66,34 @@ from llamapro_jax.training.state import check_spec
 
 DATA = "data"
 
+# What the processes of a run recognise its directory by, written anew at each start.
+START_FILE = ".start"
+
 
 @dataclass(frozen=True)
 class Data:
-    """The texts of a run. fingerprints: of each prepared one; None for a set made by others."""
+    """The texts of a run. rows: of each, by its place such as "sources.NAME" or "eval.NAME"."""
 
     mixture: Mixture
-    held_out: dict[str, Rows]
-    fingerprints: dict[str, str | None]
+    rows: dict[str, Rows]
+
+    @property
+    def held_out(self) -> dict[str, Rows]:
+        of_eval = ((where.partition("."), rows) for where, rows in self.rows.items())
+        return {name: rows for (kind, _, name), rows in of_eval if kind == "eval"}
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of each prepared text; None for a set made by others."""
+        return {
+            where: one.fingerprint["fingerprint"] if one.fingerprint else None
+            for where, one in self.rows.items()
+        }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that may begin, or go on from `resume_step`."""
+    """A run that may begin, or go on from `resume_step`, on the devices of `mesh`."""
 
     config: RunConfig
     directory: Path
@@ -72,6 +101,7 @@ class Setup:
     record: RunRecord
     data: Data
     resume_step: int | None
+    mesh: Mesh
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
@@ -103,13 +133,35 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
 def prepare(config: RunConfig, lock: RunLock) -> Setup:
     """Opens the model, the texts and the run directory, and takes the lock of the latter.
 
-    `config` is valid and `finished(config)` raised nothing. Raises UserError for all bad input,
-    and when another process trains in the directory.
+    `config` is valid and `finished(config)` raised nothing. All processes of the run call this.
+    Raises UserError for all bad input, when another run trains in the directory, and when this
+    process does not see what the first one wrote.
     """
+    prepared: list[Setup] = []
+
+    def first() -> dict[str, Any]:
+        setup = _prepare(config, lock)
+        prepared.append(setup)
+        token = uuid.uuid4().hex
+        if count() > 1:
+            atomic_write(setup.directory / START_FILE, token)
+        return {
+            "token": token,
+            "resume_step": setup.resume_step,
+            "rows": {where: rows.path for where, rows in setup.data.rows.items()},
+        }
+
+    told = from_first(first)
+    return prepared[0] if prepared else _follow(config, told)
+
+
+def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     directory = Path(config.output)
+    mesh = build_mesh(config.mesh)
     source = open_source(config.model, masters=True)
     check_spec(config.trainable, source.config, source.plan)
     _check_length(config, source)
+    _check_mesh(config, source, mesh)
     _check_attention(config, source)
     _check_texts(config)
     tokenizer = _tokenizer(source.directory)
@@ -125,7 +177,59 @@ def prepare(config: RunConfig, lock: RunLock) -> Setup:
         _check_same(directory, record, data.fingerprints)
         record = _update(config, directory, record)
     steps = committed_steps(directory / CHECKPOINTS)
-    return Setup(config, directory, source, record, data, steps[-1] if steps else None)
+    return Setup(config, directory, source, record, data, steps[-1] if steps else None, mesh)
+
+
+def _follow(config: RunConfig, told: Mapping[str, Any]) -> Setup:
+    """What process 0 prepared, as another process opens it."""
+    directory = Path(config.output)
+    _wait_for_start(directory, told["token"])
+    source = open_source(config.model, masters=True)
+    record = RunRecord.read(directory)
+    # Of other formats the digest takes the reading of all tensors, which process 0 has done.
+    if isinstance(source, FlaxSource):
+        _check_model(directory, source)
+    rows = {
+        where: _open_prepared(where, entry, told["rows"][where], config, source)
+        for where, entry in _entries(config)
+    }
+    data = _data(config, rows)
+    mesh = build_mesh(config.mesh)
+    return Setup(config, directory, source, record, data, told["resume_step"], mesh)
+
+
+def _wait_for_start(directory: Path, token: str) -> None:
+    """Network file systems show a new file after some seconds."""
+    file, deadline = directory / START_FILE, time.monotonic() + SEEN_WITHIN
+    while not (file.is_file() and file.read_text() == token):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{directory}: process 0 wrote into it, and this process does not see that; set "
+                "output to a directory on a file system that all hosts share."
+            )
+        time.sleep(0.2)
+
+
+def _open_prepared(
+    where: str,
+    entry: SourceConfig | EvalSourceConfig,
+    path: str,
+    config: RunConfig,
+    source: Source,
+) -> Rows:
+    if entry.kind == "text" and not Path(path).is_dir():
+        raise UserError(
+            f"data.{where}: process 0 prepared its text in {path}, which this process does not "
+            "see; set data.cache_directory to a directory on a file system that all hosts share, "
+            "or to null."
+        )
+    return open_rows(
+        path,
+        sequence_length=config.data.sequence_length,
+        vocab_size=source.config.vocab_size,
+        split=entry.split,
+        name=entry.name,
+    )
 
 
 # ------------------------------------------------------------------- checks
@@ -137,6 +241,20 @@ def _check_length(config: RunConfig, source: Source) -> None:
         raise UserError(
             f"data.sequence_length is {length}, but {config.model} was made for at most {longest} "
             "positions (max_position_embeddings); take at most that."
+        )
+
+
+def _check_mesh(config: RunConfig, source: Source, mesh: Mesh) -> None:
+    """Raises UserError when the model or a batch does not divide over the devices."""
+    data, training = config.data, config.training
+    check_model(source.config, mesh.shape)
+    check_batch(data.batch_size, data.sequence_length, mesh.shape, "data.batch_size")
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = data.batch_size // groups
+    if training.microbatch != "auto" and rows % training.microbatch:
+        raise UserError(
+            f"training.microbatch: {training.microbatch} does not divide the {rows} rows that each "
+            f"of {groups} groups of devices has of data.batch_size, {data.batch_size}."
         )
 
 
@@ -263,17 +381,14 @@ def _open_data(
             cache_directory=cache,
             vocab_size=source.config.vocab_size,
         )
+    return _data(config, rows)
+
+
+def _data(config: RunConfig, rows: dict[str, Rows]) -> Data:
     training = [
         (entry.name, rows[f"sources.{entry.name}"], entry.weight) for entry in config.data.sources
     ]
-    return Data(
-        mixture=Mixture(training, config.data.batch_size, config.seed),
-        held_out={entry.name: rows[f"eval.{entry.name}"] for entry in config.data.eval},
-        fingerprints={
-            where: one.fingerprint["fingerprint"] if one.fingerprint else None
-            for where, one in rows.items()
-        },
-    )
+    return Data(Mixture(training, config.data.batch_size, config.seed), rows)
 
 
 def _create(

@@ -1,14 +1,28 @@
-"""Asking a run to stop: finish the step, save, say how to go on."""
+"""Asking a run to stop: finish the step, save, say how to go on.
+
+With several processes one signal to one of them stops all, after the same step: at each question
+whether to stop, the devices take the maximum of what the processes were sent, in a program of
+their own behind the step, and the answer is read at the next question, when it is long there.
+That costs a step microseconds, and works alike for both signals and on every platform; jax's
+preemption service knows of SIGTERM alone.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llamapro_jax.launch.processes import settled
 
 # What launchers read: 42 says "preempted and saved, start again"; 130 is a shell's Ctrl-C.
 STATUS = {signal.SIGTERM: 42, signal.SIGINT: 130}
@@ -35,10 +49,23 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._agree: Callable[[int], int] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._message: str | None = None
 
+    def agree_over(self, mesh: Mesh) -> None:
+        """From now on the processes of the mesh stop together."""
+        if mesh.is_multi_process:
+            self._agree = _LargestBefore(mesh)
+
     def requested(self) -> bool:
+        """Whether to stop. Several processes ask at the same places, and get the same answer."""
+        if self._agree is not None:
+            number = self._agree(self.signal or 0)
+            if not number:
+                return False
+            # Once agreed, no process asks again.
+            self.signal, self._agree = signal.Signals(number), None
         return self.signal is not None
 
     def __enter__(self) -> StopSignals:
@@ -70,3 +97,19 @@ class StopSignals:
     def stopped(self, message: str) -> Stopped:
         assert self.signal is not None
         return Stopped(message, STATUS[self.signal])
+
+
+class _LargestBefore:
+    """Called by all processes: the largest number that one of them gave at the call before."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._largest = jax.jit(jnp.max)
+        self._before: jax.Array | None = None
+
+    def __call__(self, number: int) -> int:
+        given = jax.make_array_from_callback(
+            (self._sharding.mesh.size,), self._sharding, lambda _: np.full(1, number, np.int32)
+        )
+        before, self._before = self._before, settled(self._largest(given))
+        return 0 if before is None else int(before)

@@ -28,11 +28,13 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
+    from llamapro_jax.launch.processes import joined
     from llamapro_jax.training.loop import train
     from llamapro_jax.training.stopping import Stopped
 
     try:
-        train(config)
+        with joined():
+            train(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status

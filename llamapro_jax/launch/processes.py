@@ -1,0 +1,328 @@
+"""Several processes that are one run: how they join, speak to each other, and end together.
+
+A process joins others when it has a reason to:
+
+- explicit settings: `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID`;
+- Slurm: it is one of several tasks that `srun` started;
+- a TPU slice of several hosts, or several slices.
+
+Then process 0 writes the run directory, the log and the messages, and when one process fails, all
+end with its status and its message is shown once. They speak through jax's coordination service,
+which needs no device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamapro_jax.errors import UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+# In seconds. The hosts of a cold pod do not all start within jax's 300.
+START_TIMEOUT = 1800
+_END_TIMEOUT = 120
+# How long a process leaves it to process 0 to report an error that both may have.
+_COURTESY = 5
+# How long a file takes at most to be seen by the other hosts of a network file system.
+SEEN_WITHIN = 60
+
+_FAILED = "llamapro/failed"
+_names = itertools.count()
+
+
+# ------------------------------------------------------------------- reasons to join
+
+
+@dataclass(frozen=True)
+class Join:
+    """How to join: explicit settings, or None where jax finds them in its surroundings."""
+
+    reason: str
+    address: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+def reason_to_join(environment: Mapping[str, str] = os.environ) -> Join | None:
+    """Why and how this process is one of several; None when it is alone.
+
+    Raises UserError when the explicit settings are incomplete or wrong.
+    """
+    around = _slurm(environment) or _tpu(environment)
+    given = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
+    if given and not (around is not None and given == [ADDRESS]):
+        return _explicit(environment, given)
+    return around
+
+
+def _explicit(environment: Mapping[str, str], given: list[str]) -> Join | None:
+    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
+    if missing:
+        raise UserError(
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set, but not "
+            f"{' and '.join(missing)}. Set all three on every process ({ADDRESS}: host:port of "
+            f"process 0; {COUNT}; {INDEX}: from 0), or none to run in one process."
+        )
+    address = environment[ADDRESS]
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"{ADDRESS}: {address!r} is not host:port of process 0, such as 10.0.0.2:8476."
+        )
+    count, index = (_whole(environment, name) for name in (COUNT, INDEX))
+    if not 0 <= index < count:
+        raise UserError(
+            f"{INDEX}: {index} is not between 0 and {count - 1}, the last of {COUNT}={count}."
+        )
+    return Join("explicit settings", address, count, index) if count > 1 else None
+
+
+def _whole(environment: Mapping[str, str], name: str) -> int:
+    if not environment[name].isdecimal():
+        raise UserError(f"{name}: {environment[name]!r} is not a whole number.")
+    return int(environment[name])
+
+
+def _slurm(environment: Mapping[str, str]) -> Join | None:
+    """Without `srun`, as in a batch script itself, there is no step and so no other task."""
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if all(name in environment for name in needed) and tasks.isdecimal() and int(tasks) > 1:
+        return Join("Slurm")
+    return None
+
+
+def _tpu(environment: Mapping[str, str]) -> Join | None:
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if (platforms and "tpu" not in platforms.split(",")) or not _has_tpu():
+        return None
+    slices = environment.get("MEGASCALE_NUM_SLICES", "1")
+    # The first two names are GKE's; a TPU VM knows its slice from the metadata server.
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if workers is None and "TPU_SKIP_MDS_QUERY" not in environment:
+        workers = _metadata(environment, "worker-network-endpoints")
+        if "MEGASCALE_NUM_SLICES:" in _metadata(environment, "tpu-env"):
+            slices = "several"
+    several = "," in (workers or "") or slices != "1"
+    return Join("a TPU slice of several hosts") if several else None
+
+
+def _has_tpu() -> bool:
+    return bool(list(Path("/dev").glob("accel[0-9]*")) or list(Path("/dev/vfio").glob("[0-9]*")))
+
+
+def _metadata(environment: Mapping[str, str], key: str) -> str:
+    import urllib.request
+
+    host = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+# ------------------------------------------------------------------- joining and leaving
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """While entered, this process is one of its run's, when there is a reason to join others.
+
+    Must be entered before jax starts its devices. Ends together: when one process raises, all end
+    with the same status, and process 0 shows the message.
+    """
+    join = reason_to_join()
+    if join is None:
+        yield
+        return
+    _initialize(join)
+    watch = _Watch()
+    try:
+        yield
+    except BaseException as error:
+        _end(watch, error)
+        raise
+    else:
+        watch.over.set()
+        _leave()
+
+
+def _initialize(join: Join) -> None:
+    import jax
+
+    # Its handler would take the place of ours, which also knows of SIGINT.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    explicit = {} if join.count is None else {"cluster_detection_method": "deactivate"}
+    try:
+        jax.distributed.initialize(
+            coordinator_address=join.address,
+            num_processes=join.count,
+            process_id=join.index,
+            initialization_timeout=START_TIMEOUT,
+            shutdown_timeout_seconds=_END_TIMEOUT,
+            **explicit,
+        )
+        # Devices start on all processes at a time, or on none.
+        jax.devices()
+    except (RuntimeError, ValueError) as error:
+        # Also what jaxlib raises when not all processes came in time.
+        raise UserError(
+            f"the processes of this run ({join.reason}) did not come together: "
+            f"{str(error).splitlines()[0]}. All of them must run the same command and reach "
+            f"{join.address or 'the first host'}."
+        ) from error
+
+
+def _state() -> Any:
+    """jax's record of the group that this process is in. The only use of what jax keeps private."""
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def count() -> int:
+    """Number of processes of this run."""
+    return _state().num_processes if _state().client is not None else 1
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes and speaks for all."""
+    return _state().client is None or _state().process_id == 0
+
+
+def _status(error: BaseException) -> int:
+    """What the process exits with, as `llamapro_jax.cli` has it."""
+    if isinstance(error, UserError | OSError):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = getattr(error, "status", getattr(error, "code", 1))
+    return code if isinstance(code, int) else 1
+
+
+def _end(watch: _Watch, error: BaseException) -> None:
+    """Tells the others of an exception. Raises SystemExit where process 0 has the word."""
+    watch.over.set()
+    expected = not isinstance(error, Exception) or isinstance(error, UserError | OSError)
+    if not is_first() and expected:
+        # The same error on all processes is reported by the first.
+        with suppress(TimeoutError):
+            _get(_FAILED, _COURTESY)
+    told = {
+        "process": _state().process_id,
+        "host": socket.gethostname(),
+        "status": _status(error),
+        "message": str(error) if expected else traceback.format_exception_only(error)[-1].strip(),
+    }
+    with suppress(Exception):  # another was first
+        _state().client.key_value_set(_FAILED, json.dumps(told))
+    _leave()
+    if not is_first() and expected:
+        raise SystemExit(_status(error)) from None
+
+
+def _leave() -> None:
+    """Waits until all processes leave: the service must outlive its last user."""
+    import jax
+
+    try:
+        jax.distributed.shutdown()
+    except RuntimeError as error:
+        print(f"warning: left the other processes: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+class _Watch:
+    """Ends this process when another one failed, whatever the main thread waits for.
+
+    over: set when this process ends by itself.
+    """
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        # Asked now, since `_leave` clears it.
+        self._first = is_first()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                told = json.loads(_get(_FAILED, 60))
+                break
+            except TimeoutError:
+                if self.over.is_set():
+                    return
+            except Exception:  # the service has ended: all left
+                return
+        if self.over.is_set():
+            return
+        if self._first:
+            where = f"process {told['process']} on {told['host']}"
+            print(f"error: {where}: {told['message']}", file=sys.stderr)
+        with suppress(Exception):
+            _leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The main thread may be in a collective that never ends.
+        os._exit(told["status"])
+
+
+# ------------------------------------------------------------------- speaking
+
+
+def _get(key: str, seconds: float) -> str:
+    """The value of a key once it has one. Raises TimeoutError."""
+    import jax
+
+    try:
+        return _state().client.blocking_key_value_get(key, round(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            raise TimeoutError(key) from None
+        raise
+
+
+def from_first(action: Callable[[], Any]) -> Any:
+    """What `action` gives on process 0, where alone it runs: a JSON value. The others wait for it.
+
+    All processes call this in the same order.
+    """
+    if count() == 1:
+        return action()
+    key = f"llamapro/{next(_names)}"
+    if is_first():
+        value = action()
+        _state().client.key_value_set(key, json.dumps(value))
+        return value
+    while True:
+        # In short turns, between which Python handles signals.
+        with suppress(TimeoutError):
+            return json.loads(_get(key, 1))
+
+
+def settled(results: Any) -> Any:
+    """`results`, computed to their end where two programs must not be under way at a time.
+
+    That is so for several processes on CPUs, whose collectives (gloo) then wait for each other.
+    """
+    import jax
+
+    if count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(results)
+    return results
