@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
-from llamapro_jax.launch.processes import ADDRESS, COUNT, INDEX
+from llamapro_jax.launch.processes import ADDRESS, COUNT, INDEX, free_port
 
 EXAMPLE = """\
 example, two processes with four devices each:
@@ -53,12 +52,6 @@ def environment(
         INDEX: str(index),
     }
     return {**base, **changed}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def build_parser() -> argparse.ArgumentParser:

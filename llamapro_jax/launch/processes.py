@@ -5,9 +5,11 @@ A process joins others when it has a reason to:
 - explicit settings: `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
   `JAX_PROCESS_ID`;
 - Slurm: it is one of several tasks that `srun` started;
-- a TPU slice of several hosts, or several slices.
+- a TPU slice of several hosts, or several slices;
+- several CPU devices in one process (XLA's flag that forces their number): a group of one, so that
+  they add in the order in which those of several processes do, and a run has the same bits.
 
-Then process 0 writes the run directory, the log and the messages, and when one process fails, all
+Process 0 writes the run directory, the log and the messages, and when one process fails, all
 end with its status and its message is shown once. They speak through jax's coordination service,
 which needs no device.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -54,6 +57,7 @@ class Join:
     address: str | None = None
     count: int | None = None
     index: int | None = None
+    bind: str | None = None
 
 
 def reason_to_join(environment: Mapping[str, str] = os.environ) -> Join | None:
@@ -65,7 +69,7 @@ def reason_to_join(environment: Mapping[str, str] = os.environ) -> Join | None:
     given = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
     if given and not (around is not None and given == [ADDRESS]):
         return _explicit(environment, given)
-    return around
+    return around or _cpu_devices(environment)
 
 
 def _explicit(environment: Mapping[str, str], given: list[str]) -> Join | None:
@@ -87,7 +91,7 @@ def _explicit(environment: Mapping[str, str], given: list[str]) -> Join | None:
         raise UserError(
             f"{INDEX}: {index} is not between 0 and {count - 1}, the last of {COUNT}={count}."
         )
-    return Join("explicit settings", address, count, index) if count > 1 else None
+    return Join("explicit settings", address, count, index)
 
 
 def _whole(environment: Mapping[str, str], name: str) -> int:
@@ -118,6 +122,23 @@ def _tpu(environment: Mapping[str, str]) -> Join | None:
             slices = "several"
     several = "," in (workers or "") or slices != "1"
     return Join("a TPU slice of several hosts") if several else None
+
+
+def _cpu_devices(environment: Mapping[str, str]) -> Join | None:
+    flags = environment.get("XLA_FLAGS", "")
+    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    devices = forced[-1:] or [environment.get("JAX_NUM_CPU_DEVICES", "1")]
+    if environment.get("JAX_PLATFORMS") != "cpu" or devices[0] in ("", "0", "1"):
+        return None
+    address = f"127.0.0.1:{free_port()}"
+    return Join("several CPU devices", address, 1, 0, bind=address)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _has_tpu() -> bool:
@@ -175,6 +196,7 @@ def _initialize(join: Join) -> None:
             coordinator_address=join.address,
             num_processes=join.count,
             process_id=join.index,
+            coordinator_bind_address=join.bind,
             initialization_timeout=START_TIMEOUT,
             shutdown_timeout_seconds=_END_TIMEOUT,
             **explicit,
@@ -323,6 +345,6 @@ def settled(results: Any) -> Any:
     """
     import jax
 
-    if count() > 1 and jax.default_backend() == "cpu":
+    if _state().client is not None and jax.default_backend() == "cpu":
         jax.block_until_ready(results)
     return results
