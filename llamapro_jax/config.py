@@ -277,8 +277,8 @@ class TrainingConfig:
     remat: RematChoice = option(
         "What the backward pass finds kept: `none`: all that it needs; `minimal`: the results of "
         "matrix products, so that none runs again; `attention`: the output of attention alone; "
-        "`full`: each block's input, the rest runs again; `auto`: the first of these that fits in "
-        "memory (on a CPU: `none`).",
+        "`full`: each block's input, the rest runs again; `auto`: the first of the last three that "
+        "fits in memory (on a CPU: `none`).",
         "auto",
     )
 
