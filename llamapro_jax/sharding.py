@@ -66,8 +66,8 @@ class Layout:
             for axis in axes:
                 if axis in taken:
                     raise ValueError(
-                        f"dimensions {taken[axis]} and {dim} of an array {dims!r} both lie over the "
-                        f"mesh axis {axis!r}; give one of them another axis"
+                        f"dimensions {taken[axis]} and {dim} of an array {dims!r} both lie over "
+                        f"the mesh axis {axis!r}; give one of them another axis"
                     )
                 taken[axis] = dim
             entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)

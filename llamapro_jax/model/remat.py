@@ -2,7 +2,7 @@
 
 | policy | kept of a block besides its input | computed again |
 | --- | --- | --- |
-| `none` | all that the backward pass reads, except copies of weights | weights are gathered and cast |
+| `none` | all that the backward pass reads but copies of weights | gathers and casts of weights |
 | `minimal` | q, k, v, attention's output and log-sum-exp, o, gate, up | what is no matrix product |
 | `attention` | attention's output and log-sum-exp | the matrix products, not attention |
 | `full` | nothing | everything |
@@ -32,11 +32,12 @@ MATMUL_RESULTS = ("q", "k", "v", "o", "gate", "up")
 _WEIGHT_COPIES = frozenset({"reshard", "convert_element_type"})
 
 
+WEIGHT = "weight"
+
+
 def _all_but_weight_copies(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return primitive.name not in _WEIGHT_COPIES and parameters.get("name") != WEIGHT
 
-
-WEIGHT = "weight"
 
 _POLICIES: dict[Remat, Callable[..., Any]] = {
     "none": _all_but_weight_copies,

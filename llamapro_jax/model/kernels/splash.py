@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +70,46 @@ def block_sizes(queries: int, keys: int) -> splash_attention_kernel.BlockSizes:
     )
 
 
+@dataclass(frozen=True)
+class Visible(splash_attention_mask.Mask):
+    """Query `i` sees key `j` where `0 <= i - j < window`; `span` queries begin at each start.
+
+    jax's masks compare all queries of a block with all its keys to learn that most blocks are seen
+    whole or not at all, which takes a minute for a long row. The corners of a block tell.
+    """
+
+    starts: tuple[int, ...]
+    span: int
+    keys: int
+    window: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.starts) * self.span, self.keys
+
+    @functools.cached_property
+    def q_sequence(self) -> np.ndarray:
+        """The index in the row of each query; jax's name."""
+        indices = np.array(self.starts)[:, None] + np.arange(self.span)
+        return indices.reshape(-1).astype(np.int32)
+
+    def mask_function(self, q_ids: Any, kv_ids: Any) -> Any:
+        """What the kernel computes where a block is seen in part; jax's name."""
+        seen = q_ids >= kv_ids
+        return seen if self.window is None else seen & (q_ids - self.window < kv_ids)
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        """Of a block within a span, which query sees which key."""
+        queries = self.q_sequence[block[0]]
+        keys = np.arange(*block[1].indices(self.keys), dtype=np.int32)
+        nearest, farthest = queries[0] - keys[-1], queries[-1] - keys[0]
+        window = self.keys if self.window is None else self.window
+        whole = nearest >= 0 and farthest < window
+        if whole or farthest < 0 or nearest >= window:
+            return np.broadcast_to(whole, (len(queries), len(keys)))
+        return self.mask_function(queries[:, None], keys[None])
+
+
 def attention(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
@@ -116,13 +160,8 @@ def _kernel(
     device takes what is its own.
     """
     parts = [Part(index, part.count) for index in range(part.count)]
-    starts = np.array([start for each in parts for start in each.starts(S)])
-    indices = (starts[:, None] + np.arange(span)).reshape(-1).astype(np.int32)
-    shape = (len(indices), length)
-    mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask(shape)
-    if sliding_window is not None and sliding_window < S:
-        mask = splash_attention_mask.LocalMask(shape, (sliding_window - 1, 0), 0)
-    mask.q_sequence = indices
+    starts = tuple(start for each in parts for start in each.starts(S))
+    mask = Visible(starts, span, length, sliding_window)
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
