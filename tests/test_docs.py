@@ -91,7 +91,8 @@ def recipe() -> list[str]:
 
 
 TINY_RUN = """
-compute_dtype=float32 data.sequence_length=32 data.batch_size=4 training.microbatch=auto
+architecture=null compute_dtype=float32 data.sequence_length=32 data.batch_size=4
+training.microbatch=auto
 training.steps=3 training.eval_every=null training.eval_batches=1 training.save_every=null
 data.sources.0.kind=text data.sources.0.path=data/prose.txt data.sources.1.kind=text
 data.sources.1.path=data/code.txt data.eval.0.kind=text data.eval.0.path=data/lambada.txt
