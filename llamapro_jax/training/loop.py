@@ -170,7 +170,8 @@ def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransf
     The frozen weights are compared with those of the run's first go, whose checksums it records.
     """
     config, source = setup.config, setup.source
-    params = load_params(source, dtype_of(config.trainable, config.compute_dtype), setup.mesh)
+    dtypes = dtype_of(config.trainable, config.compute_dtype, config.frozen_dtype)
+    params = load_params(source, dtypes, setup.mesh)
     trainable, frozen = partition(params, config.trainable)
     check_trainable(trainable, source.config, source.plan, config.trainable)
     optimizer = build_optimizer(

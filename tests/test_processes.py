@@ -1,0 +1,245 @@
+"""Runs on several devices and in several processes, through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from devices import Devices, fixture
+from runs import overrides, settings, write_model, write_texts
+from steps import PLANS, begin, expanded_params, model_config, random_batch, run_config
+
+from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax.config import MeshConfig
+from llamapro_jax.flax_checkpoint import StackedArrays
+from llamapro_jax.launch import local
+from llamapro_jax.launch.processes import free_port
+from llamapro_jax.metrics import read_metrics
+
+ROOT = Path(local.__file__).parents[2]
+TIMES = ("tokens_per_second", "useful_flops_per_second", "seconds")
+MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+CHANGES = {
+    "data.batch_size": 8,
+    "training.steps": 10,
+    "training.log_every": 1,
+    "training.eval_every": 5,
+    "training.save_every": 5,
+    "training.keep": 5,
+}
+
+devices = fixture(8)
+
+
+# ------------------------------------------------------------------- meshes
+
+
+def losses(shape: Sequence[int], spec: tuple[str, ...], steps: int = 10) -> list[float]:
+    """The losses of a run on the first devices, as many as the mesh needs."""
+    import jax
+
+    from llamapro_jax.sharding import build_mesh, weight_sharding
+    from llamapro_jax.training.batches import place_batch
+    from llamapro_jax.training.state import map_leaves
+    from llamapro_jax.training.step import build_train_step
+
+    plan = PLANS["2 of 4"]
+    config = model_config(plan, vocab_size=64)
+    run = run_config(spec, rows=8, remat="none")
+    mesh = build_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    params = expanded_params(config, plan)
+
+    def laid_out(stack: str, weight: Any, leaf: Any) -> Any:
+        return jax.device_put(leaf, weight_sharding(mesh, weight, 0 if stack == "outer" else 2))
+
+    found = []
+    with jax.set_mesh(mesh):
+        state, frozen, optimizer = begin(run, map_leaves(params, laid_out))
+        step = build_train_step(config, plan, run, optimizer)
+        for seed in range(steps):
+            rows = random_batch(seed, rows=8)
+            batch = place_batch(
+                lambda a, b, rows=rows: {name: array[a:b] for name, array in rows.items()},
+                8,
+                rows["tokens"].shape[1],
+                mesh,
+            )
+            state, metrics = step(state, frozen, batch)
+            found.append(float(metrics["loss"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_one_device(devices: Devices) -> list[float]:
+    return devices(losses, (1, 1, 1, 1), ("new",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+def test_a_mesh_gives_the_losses_of_one_device(
+    devices: Devices, on_one_device: list[float], shape: tuple[int, ...]
+) -> None:
+    found = devices(losses, shape, ("new",))
+    assert on_one_device[-1] != on_one_device[0]
+    np.testing.assert_allclose(found, on_one_device, rtol=1e-5)
+
+
+# ------------------------------------------------------------------- processes
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("processes")
+    write_model(directory)
+    write_texts(directory / "texts")
+    return directory
+
+
+def arguments(work: Path, output: Path, **changes: Any) -> list[str]:
+    """Of `llamapro train`, all settings on the command line."""
+    values = settings(work / "model", work / "texts", output) | CHANGES | changes
+    config = output.parent / f"{output.name}.yaml"
+    config.write_text("{}\n")
+    return ["train", str(config), *overrides(values)]
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
+
+
+def command(
+    arguments: Sequence[str], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def in_two(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The command in two processes of four devices."""
+    launcher = ["llamapro_jax.launch.local", "--processes", "2", "--devices", "4", "--"]
+    return command([*launcher, *arguments], dict(os.environ))
+
+
+def saved(run: Path, step: int) -> dict[str, bytes]:
+    found = {}
+    for item in ("trainable", "optimizer"):
+        directory = run / "checkpoints" / str(step) / item
+        arrays = StackedArrays(directory)
+        for leaf in sorted(d.parent.name for d in directory.glob("*/.zarray")):
+            found[f"{item}/{leaf}"] = arrays.read(leaf).tobytes()
+    return found
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert len(saved(one, 10)) > 30
+    assert saved(one, 10) == saved(other, 10)
+    assert log(one) == log(other)
+
+
+@pytest.fixture(scope="module")
+def in_one(work: Path) -> Path:
+    """A run in one process of eight devices."""
+    done = command(
+        ["llamapro_jax.cli", *arguments(work, work / "one", **MESH)], environment(8)
+    )
+    assert done.returncode == 0, done.stderr
+    return work / "one"
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_one(work: Path, in_one: Path, tmp_path: Path) -> None:
+    done = in_two(arguments(work, tmp_path / "two", **MESH))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", in_one)
+    # One log, and one process that speaks.
+    assert done.stdout.count("compiled the step") == 1
+    assert done.stdout.count("of 1,647,616 frozen bits changed") == 1
+    assert "[1]" not in done.stderr
+    parts = list((tmp_path / "two/checkpoints/10/trainable/new.1.gate").glob("0.*"))
+    assert len(parts) == 4  # D over fsdp and F over tensor: nothing was whole in one place
+    assert json.loads((tmp_path / "two/summary.json").read_text())["frozen_bits_changed"] == 0
+
+
+def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert all(process.poll() is None for process in processes), "ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
+    work: Path, in_one: Path, tmp_path: Path
+) -> None:
+    run, port = tmp_path / "run", free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "llamapro_jax.cli", *arguments(work, run, **MESH)],
+            cwd=ROOT,
+            env=local.environment(index, 2, 4, port),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        metrics = run / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), processes)
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [42, 42], errors
+    assert "stopped, saved at step" in errors[0] and "stopped, saved" not in errors[1]
+    [step] = committed_steps(run / "checkpoints")[-1:]
+    assert 2 <= step < 10
+    assert json.loads((run / f"checkpoints/{step}/meta/metadata").read_text())["step"] == step
+    done = command(["llamapro_jax.cli", *arguments(work, run, **MESH)], environment(8))
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {step}" in done.stdout
+    assert_same_run(run, in_one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.data": 3}, "mesh: data 3 .* does not fit 8 devices"),
+        ({"data.batch_size": 6}, "data.batch_size: 6 rows do not divide over 8 devices"),
+        ({"mesh.tensor": 8}, "mesh.tensor: 8 does not divide the model's num_attention_heads, 4"),
+        ({"model": "/nowhere"}, "/nowhere: no such directory"),
+    ],
+)
+def test_bad_input_ends_both_processes_with_one_message(
+    work: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    import re
+
+    done = in_two(arguments(work, tmp_path / "run", **changes))
+    assert done.returncode == 2
+    assert len(re.findall(message, done.stderr)) == 1
+    assert done.stderr.count("error:") == 1
+    assert not (tmp_path / "run").exists()
