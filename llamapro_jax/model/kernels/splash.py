@@ -99,14 +99,14 @@ class Visible(splash_attention_mask.Mask):
         return seen if self.window is None else seen & (q_ids - self.window < kv_ids)
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
-        """Of a block within a span, which query sees which key."""
+        """Of a block within a span, which query sees which key; one element if all are alike."""
         queries = self.q_sequence[block[0]]
         keys = np.arange(*block[1].indices(self.keys), dtype=np.int32)
         nearest, farthest = queries[0] - keys[-1], queries[-1] - keys[0]
         window = self.keys if self.window is None else self.window
         whole = nearest >= 0 and farthest < window
         if whole or farthest < 0 or nearest >= window:
-            return np.broadcast_to(whole, (len(queries), len(keys)))
+            return np.array([[whole]])
         return self.mask_function(queries[:, None], keys[None])
 
 
