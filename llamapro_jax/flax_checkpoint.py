@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,15 +86,24 @@ class StackedArrays:
     def shape(self, leaf: str) -> tuple[int, ...]:
         return tuple(self._array(leaf).shape)
 
-    def read(self, leaf: str, row: int | tuple[int, ...] | None = None) -> np.ndarray:
+    def read(
+        self,
+        leaf: str,
+        row: int | tuple[int, ...] | None = None,
+        bounds: Sequence[tuple[int, int]] | None = None,
+    ) -> np.ndarray:
         """The leaf, or its row (an index, or one for each of the leading axes).
 
+        bounds: the start and stop in each dimension of the part that is wanted of it; None: all.
         Its memory order is the one on disk, which saves a transposition.
         """
         import tensorstore
 
         array = self._array(leaf)
         wanted = array if row is None else array[row]
+        if bounds is not None:
+            # TensorStore would keep the start of a part as its origin.
+            wanted = wanted[tuple(slice(*bound) for bound in bounds)].translate_to[0]
         by_column = wanted.chunk_layout.inner_order == tuple(reversed(range(wanted.rank)))
         # Into memory of numpy's, which has large pages: TensorStore's own costs ten times as much.
         result = _aligned_empty(wanted.shape, self.dtype(leaf), "F" if by_column else "C")

@@ -282,6 +282,11 @@ class HostParts:
             for bounds in dict.fromkeys(self._devices.values())
         }
 
+    @property
+    def has_all(self) -> bool:
+        """Whether the devices of this host need every element, as those of a single host do."""
+        return sum(part.size for part in self.parts.values()) == math.prod(self._shape)
+
     def place(self) -> jax.Array:
         """The global array, each part on the devices that need it."""
         arrays = [jax.device_put(self.parts[at], device) for device, at in self._devices.items()]

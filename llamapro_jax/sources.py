@@ -8,7 +8,7 @@ Views (a model before it grew, another strength, another dtype) are sources over
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,10 @@ from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor, tensors
 log = logging.getLogger(__name__)
 
 
+# The start and stop of a part in each dimension.
+Bounds = Sequence[tuple[int, int]]
+
+
 class Source(Protocol):
     """A model: its architecture, its plan, and its tensors one by one.
 
@@ -64,6 +68,19 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> Fingerprint: ...
+
+
+def read_part(source: Source, tensor: Tensor, bounds: Bounds) -> np.ndarray:
+    """A part of a tensor, in our layout: what one of several hosts needs of it.
+
+    No more than that is copied from the disk, and so its bytes cannot be compared with the hash of
+    the whole tensor. A source whose `read` does more than map a file has a `read_part` of its own.
+    """
+    own = getattr(source, "read_part", None)
+    if own is not None:
+        return own(tensor, bounds)
+    whole = tensor.weight.from_hf(source.read(tensor), source.config)
+    return whole[tuple(slice(*bound) for bound in bounds)]
 
 
 def compute_fingerprint(source: Source) -> Fingerprint:
@@ -205,6 +222,10 @@ class FlaxSource:
                 )
             self._verified.add(tensor.name)
         return array
+
+    def read_part(self, tensor: Tensor, bounds: Bounds) -> np.ndarray:
+        """As `sources.read_part`. Its bytes are not compared with what was written."""
+        return self.arrays.read(*flax_checkpoint.address(tensor, self.plan), bounds)
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:

@@ -16,7 +16,7 @@ from llamapro_jax.model.llama import INITIALIZERS, Params
 from llamapro_jax.model.quantized import Quantized, quantize
 from llamapro_jax.model.weights import Tensor, Weight, block_weights, outer_weights
 from llamapro_jax.sharding import HostParts, scale_spec, weight_sharding
-from llamapro_jax.sources import Source
+from llamapro_jax.sources import Source, read_part
 
 # Stack ("base", "new", or "outer" for what is in no block) and row of the table -> dtype.
 DtypeOf = Callable[[str, Weight], Any]
@@ -69,7 +69,13 @@ def load_params(source: Source, dtype_of: DtypeOf, mesh: Mesh | None = None) -> 
         if depths is not None:
             where = {(i, j): d for i, group in enumerate(depths) for j, d in enumerate(group)}
         for at, depth in where.items():
-            whole = weight.from_hf(source.read(Tensor(weight, depth)), config)
+            tensor = Tensor(weight, depth)
+            if not host.has_all:
+                for bounds, part in host.parts.items():
+                    part[at] = read_part(source, tensor, bounds[leading:])
+                continue
+            # Read whole, a tensor is compared with its hash.
+            whole = weight.from_hf(source.read(tensor), config)
             for bounds, part in host.parts.items():
                 part[at] = whole[tuple(slice(*bound) for bound in bounds[leading:])]
         return _quantized(host.place(), weight) if dtype == jnp.int8 else host.place()

@@ -31,7 +31,7 @@ from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.hf.config import read_config
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, tensors
-from llamapro_jax.sources import Source, open_source
+from llamapro_jax.sources import Bounds, Source, open_source, read_part
 from llamapro_jax.training.state import leaves_of, trains
 
 RUN_FILE = "run.json"
@@ -145,7 +145,16 @@ class RunSource:
         address = self.address(tensor)
         if address is None:
             return self.base.read(tensor)
-        trained = tensor.weight.to_hf(self.arrays.read(*address), self.config)
+        return self._cast(tensor, tensor.weight.to_hf(self.arrays.read(*address), self.config))
+
+    def read_part(self, tensor: Tensor, bounds: Bounds) -> np.ndarray:
+        """As `sources.read_part`."""
+        address = self.address(tensor)
+        if address is None:
+            return read_part(self.base, tensor, bounds)
+        return self._cast(tensor, self.arrays.read(*address, bounds))
+
+    def _cast(self, tensor: Tensor, trained: np.ndarray) -> np.ndarray:
         dtype = self.dtype(tensor)
         with np.errstate(over="ignore"):
             cast = trained.astype(dtype)
