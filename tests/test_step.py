@@ -162,6 +162,18 @@ def test_a_batch_without_targets_changes_nothing_to_nan() -> None:
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.trainable))
 
 
+def test_rows_of_one_document_need_no_segment_ids() -> None:
+    run = run_config()
+    batch = random_batch()
+    batch["segment_ids"] = np.ones_like(batch["segment_ids"])
+    losses = []
+    for given in (batch, {n: a for n, a in batch.items() if n != "segment_ids"}):
+        state, frozen, optimizer = begin(run, PARAMS)
+        _, metrics = build_train_step(CONFIG, PLAN, run, optimizer)(state, frozen, given)
+        losses.append([float(metrics[name]) for name in ("loss", "tokens", "grad_norm")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_remat_changes_memory_and_no_number() -> None:
     results, temporary = [], []
     for remat in ("none", "full"):

@@ -86,15 +86,18 @@ def targets_and_weights(batch: Mapping[str, Any]) -> tuple[Any, Any]:
 
     The target at t is the token at t + 1. Its weight is 1 when both are in the same segment, that
     segment is not padding, and `loss_mask` is set at t + 1; else 0. The last position has weight 0.
+    Without `segment_ids` each row is one document and has no padding.
 
     Takes arrays [B, T] of NumPy or JAX (also inside `jit`) and returns the same kind:
     `targets_BT` int32 and `weights_BT` float32.
     """
-    tokens_BT, segment_ids_BT = batch["tokens"], batch["segment_ids"]
+    tokens_BT, segment_ids_BT = batch["tokens"], batch.get("segment_ids")
     xp = tokens_BT.__array_namespace__()
     last_B1 = xp.zeros_like(tokens_BT[:, :1])
     targets_BT = xp.concatenate([tokens_BT[:, 1:], last_B1], axis=1)
-    counts = (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]) & (segment_ids_BT[:, 1:] != 0)
-    counts = counts & (batch["loss_mask"][:, 1:] != 0)
+    counts = batch["loss_mask"][:, 1:] != 0
+    if segment_ids_BT is not None:
+        counts = counts & (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1])
+        counts = counts & (segment_ids_BT[:, 1:] != 0)
     weights_BT = xp.concatenate([counts.astype(xp.float32), last_B1.astype(xp.float32)], axis=1)
     return targets_BT, weights_BT

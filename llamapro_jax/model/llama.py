@@ -216,7 +216,7 @@ def hidden_states(
     params: Params,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
     *,
     config: ModelConfig,
     segments: Sequence[Segment],
@@ -227,9 +227,9 @@ def hidden_states(
 ) -> jax.Array:
     """The final normed hidden states, [B, T, D] in `dtype`.
 
-    Tokens attend to earlier ones of their own segment. with_new=False: without the inserted
-    blocks. remat: what is kept for the backward pass, see `model.remat`. attention: who computes
-    it, see `model.attention`.
+    Tokens attend to earlier ones of their own segment; without `segment_ids_BT`, of their row.
+    with_new=False: without the inserted blocks. remat: what is kept for the backward pass, see
+    `model.remat`. attention: who computes it, see `model.attention`.
     """
     context = Context(*rope_tables(config, positions_BT), segment_ids_BT=segment_ids_BT)
 

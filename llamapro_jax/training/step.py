@@ -45,15 +45,17 @@ def summed_loss(
 ) -> jax.Array:
     """The sum of -log p over the batch's valid target tokens, a float32 scalar (nats).
 
-    batch: the arrays [B, T] of `data.rows`. On a mesh each row is whole on its devices; it is laid
-    out over `context` here, after the targets were taken from the tokens' neighbours.
+    batch: the arrays [B, T] of `data.rows`; without `segment_ids` each row is one document and has
+    no padding, and more attention kernels run. On a mesh each row is whole on its devices; it is
+    laid out over `context` here, after the targets were taken from the tokens' neighbours.
     """
     targets_BT, weights_BT = targets_and_weights(batch)
+    segment_ids_BT = batch.get("segment_ids")
     x_BTD = hidden_states(
         params,
         spread(batch["tokens"]),
         spread(batch["positions"]),
-        spread(batch["segment_ids"]),
+        None if segment_ids_BT is None else spread(segment_ids_BT),
         config=config,
         segments=plan.segments,
         dtype=dtype,
