@@ -198,10 +198,13 @@ def kernel_calls(program: Program) -> dict[str, int]:
 
 def collectives(program: Program) -> Iterator[Collective]:
     """All collectives that run; an asynchronous one counts where it starts."""
+    begun = _begun_in_fusions(program)
     for instruction, computation in program.instructions():
         kind = instruction.operation.removesuffix("-start")
         times = program.times[computation.name]
         if kind not in COLLECTIVES or not times:
+            continue
+        if begun.get(_channel(instruction), computation.name) != computation.name:
             continue
         given = sum(
             computation.instructions[name].bytes
@@ -229,6 +232,26 @@ def _name_of_fusion(program: Program, computation: Computation) -> str:
         if instruction.operation == "fusion" and computation.name in instruction.called
     )
     return next(names, "")
+
+
+def _channel(instruction: Instruction) -> str | None:
+    return instruction.attribute("channel_id")
+
+
+def _begun_in_fusions(program: Program) -> dict[str | None, str]:
+    """Channel -> the computation that begins its collective.
+
+    A TPU's asynchronous collective is in three fusions: one that begins it, the product that runs
+    at the same time, and one that waits for it. All three hold the instruction.
+    """
+    return {
+        _channel(inner): name
+        for instruction, _ in program.instructions()
+        if instruction.operation == "fusion" and instruction.name.startswith("async-collective-st")
+        for name in instruction.called
+        for inner in program.computations[name].instructions.values()
+        if inner.operation in COLLECTIVES
+    }
 
 
 def _only_a_part_is_kept(program: Program, computation: Computation) -> bool:

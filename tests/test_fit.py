@@ -44,7 +44,10 @@ class Compiler:
                 "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
                 f"space hbm. Used {needed / GIB:.2f}G of 15.75G hbm. Exceeded hbm capacity by 2G."
             )
-        memory = SimpleNamespace(peak_memory_in_bytes=int(needed))
+        sizes = dict.fromkeys(("argument", "output", "alias", "temp"), 0)
+        memory = SimpleNamespace(
+            peak_memory_in_bytes=int(needed), **{f"{n}_size_in_bytes": s for n, s in sizes.items()}
+        )
         return SimpleNamespace(memory_analysis=lambda: memory)
 
 

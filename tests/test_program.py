@@ -160,6 +160,26 @@ def test_a_reduction_that_keeps_a_slice() -> None:
     assert summary.collective_bytes == 24
 
 
+def test_an_asynchronous_collective_of_a_tpu_counts_once() -> None:
+    inside = (
+        "%NAME (q: f32[2,2]) -> f32[4,2] {\n"
+        "  %q.N = f32[2,2] parameter(0)\n"
+        "  %g.N = f32[4,2] all-gather(%q.N), channel_id=7, replica_groups={{0,1}}\n"
+        '  ROOT %c.N = f32[4,2] custom-call(%g.N), custom_call_target="AsyncCollective"\n'
+        "}\n\n"
+    )
+    names = ("begin", "async_collective_fusion.3", "finish")
+    text = "".join(
+        inside.replace("NAME", name).replace(".N", f".{i}") for i, name in enumerate(names)
+    ) + entry(
+        "%p = f32[2,2] parameter(0)",
+        "%async-collective-start.1 = f32[4,2] fusion(%p), kind=kCustom, calls=%begin",
+        "%fusion.3 = f32[4,2] fusion(%p), kind=kOutput, calls=%async_collective_fusion.3",
+        "ROOT %async-collective-done.1 = f32[4,2] fusion(%p), kind=kCustom, calls=%finish",
+    )
+    assert [c.kind for c in summarize(text).collectives] == ["all-gather"]
+
+
 # Gathers a weight in a loop, forward and backward, on 8 devices: (data 1, fsdp 4, tensor 2).
 ON_EIGHT = """
 import json

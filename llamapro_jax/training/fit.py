@@ -153,7 +153,18 @@ def _attempt(
         if needed is None:
             raise
         return None, needed
-    return compiled, compiled.memory_analysis().peak_memory_in_bytes
+    return compiled, peak_bytes(compiled)
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """The most memory of a device that a run of the program has in use, arguments included."""
+    memory = compiled.memory_analysis()
+    # The CPU compiler's peak lacks what is neither argument nor result.
+    lasting = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    lasting -= memory.alias_size_in_bytes
+    if memory.peak_memory_in_bytes <= lasting:
+        return lasting + memory.temp_size_in_bytes
+    return memory.peak_memory_in_bytes
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -286,10 +297,10 @@ class _Model:
         kept = self._kept(remat) * self._reached * tokens
         # One block at work in the backward pass, with its gradients.
         at_work = 2 * self._kept("none") * tokens
-        # Two blocks' weights as they are multiplied, where they are stored in parts: one is used
-        # while the next one comes; and the head.
+        # Weights of blocks as they are multiplied, where they are stored in parts: compilers gather
+        # those of some blocks ahead (four: as measured for TPUs); and the head.
         block = sum(w.size(config) for w in block_weights(config))
-        gathered = 2 * block * self._width / share if self.mesh["fsdp"] > 1 else 0.0
+        gathered = 4 * block * self._width / share if self.mesh["fsdp"] > 1 else 0.0
         head = config.vocab_size * config.hidden_size * self._width / share
         logits = 8 * min(self.run.training.loss_chunk, tokens) * config.vocab_size / share
         # The gradients, and their sum over the microbatches.
