@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import Devices, fixture
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_attention import equations
 
 from llamapro_jax.config import MeshConfig
+from llamapro_jax.errors import UserError
+from llamapro_jax.hlo import read_program
 from llamapro_jax.model import attention as attention_module
 from llamapro_jax.model import context
-from llamapro_jax.model.attention import attention
-from llamapro_jax.model.context import order
-from llamapro_jax.model.kernels import blockwise, pallas_gpu, splash
+from llamapro_jax.model.attention import attention, choose, save_residuals
+from llamapro_jax.model.context import order, spread
+from llamapro_jax.model.kernels import (
+    Part,
+    Problem,
+    blockwise,
+    key_blocks,
+    pallas_gpu,
+    query_blocks,
+    splash,
+    visible_keys,
+    walk,
+)
+from llamapro_jax.program import buffers
 from llamapro_jax.sharding import activation, build_mesh
 
 devices = fixture(8)
@@ -36,6 +55,7 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
     "pallas_gpu": functools.partial(pallas_gpu.attention, tiles=TILES, interpret=True),
     "splash": functools.partial(splash.attention, interpret=True),
 }
+DIMS = ("BTHC", "BTKC", "BTKC", "BTHC")
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -73,10 +93,18 @@ class Case:
 
 
 CASES = {
-    "2 devices": Case(),
-    "4 devices, window, odd chunks": Case(context=4, length=136, window=20),
-    "data, tensor and context, bfloat16": Case(data=2, tensor=2, dtype="bfloat16"),
-    "tensor and 4 devices, one document": Case(tensor=2, context=4, packed=False),
+    "packed, tensor": Case(tensor=2),
+    "one document, 4 devices, window, odd chunks": Case(
+        context=4, length=136, packed=False, window=20
+    ),
+}
+MORE_CASES = {
+    "bfloat16, data and tensor": Case(data=2, tensor=2, dtype="bfloat16"),
+    "multi-head, 4 devices": Case(tensor=2, context=4, heads=(2, 2)),
+    "multi-query, a window within a chunk": Case(heads=(4, 1), window=5),
+    "a window over several chunks": Case(context=4, window=100),
+    "chunks of one token": Case(context=4, length=8),
+    "many blocks": Case(length=1200, heads=(1, 1), window=300),
 }
 
 
@@ -90,8 +118,7 @@ def outcome(name: str, case: Case) -> list[np.ndarray]:
             sharding = NamedSharding(mesh, activation(dims))
             return jax.device_put(x[:, laid_out].astype(jnp.dtype(dtype)), sharding)
 
-        dims = ("BTHC", "BTKC", "BTKC", "BTHC")
-        *qkv, dout = (placed(x, d, case.dtype) for x, d in zip(case.operands(), dims, strict=True))
+        *qkv, dout = (placed(x, d, case.dtype) for x, d in zip(case.operands(), DIMS, strict=True))
         ids = case.segment_ids()
         run = shared(name, case, None if ids is None else placed(ids, "BT", jnp.int32))
 
@@ -151,3 +178,164 @@ def check(devices: Devices, kernel: str, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_shared_rows_give_what_one_device_gives(devices: Devices, kernel: str, case: Case) -> None:
     check(devices, kernel, case)
+
+
+@pytest.mark.slow
+@each_kernel
+@pytest.mark.parametrize("case", MORE_CASES.values(), ids=MORE_CASES)
+def test_shared_rows_give_what_one_device_gives_at_odd_sizes(
+    devices: Devices, kernel: str, case: Case
+) -> None:
+    check(devices, kernel, case)
+
+
+def through_attention(case: Case) -> np.ndarray:
+    """The output of `attention` for rows that `spread` laid out, still in that order."""
+    with jax.set_mesh(mesh := case.mesh()):
+        whole = NamedSharding(mesh, P(None, None))
+        ids = spread(jax.device_put(case.segment_ids(), whole))
+        assert ids.sharding.spec == activation("BT")
+        laid_out = order(case.length, case.context)
+        np.testing.assert_array_equal(ids, case.segment_ids()[:, laid_out])
+        qkv = [
+            jax.device_put(x[:, laid_out], NamedSharding(mesh, activation(dims)))
+            for x, dims in zip(case.operands(), ("BTHC", "BTKC", "BTKC"), strict=False)
+        ]
+        run = functools.partial(attention, implementation="blockwise")
+        return np.asarray(jax.jit(run)(*qkv, segment_ids_BT=ids))
+
+
+def test_attention_of_rows_that_were_spread(devices: Devices) -> None:
+    case = Case(tensor=2, context=4, length=128)
+    found = devices(through_attention, case)
+    want = expected(case)[0][:, order(case.length, case.context)]
+    np.testing.assert_allclose(found, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [np.arange(24).reshape(2, 12)])
+def test_rows_stay_whole_without_a_mesh(rows: np.ndarray) -> None:
+    np.testing.assert_array_equal(spread(jnp.asarray(rows)), rows)
+
+
+def forward_passes(name: str, case: Case) -> list[int]:
+    """How often the forward kernel runs in a gradient: with its residuals kept, and without."""
+
+    def count(policy: Any) -> int:
+        with jax.set_mesh(case.mesh()):
+            shapes = [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(case.mesh(), spec))
+                for x, spec in zip(case.operands(), map(activation, DIMS), strict=True)
+            ]
+
+            @functools.partial(jax.checkpoint, policy=policy)
+            def block(*qkv: jax.Array) -> jax.Array:
+                return shared(name, case, None)(*(2 * x for x in qkv))
+
+            gradient = jax.grad(lambda *qkv: (block(*qkv) ** 2).sum(), (0, 1, 2))
+            jaxpr = jax.make_jaxpr(gradient)(*shapes[:3]).jaxpr
+        # Forward passes alone take the maximum of the scores.
+        return sum(
+            equation.primitive.name == "reduce_max" and equation.invars[0].aval.dtype == jnp.float32
+            for equation in equations(jaxpr)
+        )
+
+    return [count(p) for p in (save_residuals(), jax.checkpoint_policies.nothing_saveable)]
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "pallas_gpu", "splash"])
+def test_policy_keeps_the_forward_pass_from_running_again(devices: Devices, kernel: str) -> None:
+    once, twice = devices(forward_passes, kernel, Case(length=32, packed=False))
+    assert 0 < once and 2 * once == twice
+
+
+LONG = Case(length=4096, heads=(1, 1), packed=False)
+
+
+def largest_buffer(name: str) -> int:
+    """Elements of the largest array in the compiled forward and backward pass of a device."""
+    with jax.set_mesh(LONG.mesh()):
+        shapes = [
+            jax.ShapeDtypeStruct(
+                (1, *x.shape[1:]), x.dtype, sharding=NamedSharding(LONG.mesh(), spec)
+            )
+            for x, spec in zip(LONG.operands(), map(activation, DIMS), strict=True)
+        ]
+        gradient = jax.grad(lambda *qkv: shared(name, LONG, None)(*qkv).sum(), (0, 1, 2))
+        compiled = jax.jit(gradient).lower(*shapes[:3]).compile()
+    found = buffers(read_program(compiled.as_text()))
+    return max(math.prod(buffer.array.dims) for buffer in found)
+
+
+def test_blockwise_never_holds_the_scores_of_a_row(devices: Devices) -> None:
+    chunk = LONG.length // (2 * LONG.context)
+    assert devices(largest_buffer, "reference") >= 2 * chunk * LONG.length
+    assert devices(largest_buffer, "blockwise") < chunk**2
+
+
+@given(parts=st.integers(1, 9), chunk=st.integers(1, 20))
+def test_order_gives_devices_equal_work(parts: int, chunk: int) -> None:
+    length = 2 * parts * chunk
+    shares = order(length, parts).reshape(parts, -1)
+    np.testing.assert_array_equal(np.sort(shares, axis=None), np.arange(length))
+    pairs = (shares + 1).sum(axis=1)
+    assert (pairs == pairs[0]).all()
+    for index, share in enumerate(shares):
+        starts = Part(index, parts).starts(length)
+        spans = [np.arange(start, start + len(share) // len(starts)) for start in starts]
+        np.testing.assert_array_equal(np.concatenate(spans), share)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 47), max_size=4),
+    window=st.none() | st.integers(1, 30),
+    row=st.integers(0, 40),
+    start=st.integers(0, 47),
+    block_q=st.sampled_from([2, 4, 8]),
+    block_k=st.sampled_from([2, 4, 8]),
+)
+def test_blocks_that_are_walked(
+    cuts: list[int], window: int | None, row: int, start: int, block_q: int, block_k: int
+) -> None:
+    length = 48
+    ids = (np.arange(length)[:, None] >= np.array(cuts, int)).sum(axis=1)
+    first, last = (np.asarray(x)[0] for x in visible_keys(jnp.asarray(ids[None]), (1, 48), window))
+    index = np.arange(length)
+    seen = (first[:, None] <= index) & (index <= index[:, None])
+
+    def check(bounds: tuple[Any, ...], blocks: list[np.ndarray]) -> None:
+        walked: dict[int, bool] = {}
+        walk(*bounds, lambda j, carry, masked: walked.setdefault(int(j), masked), None)
+        for j, block in enumerate(blocks):
+            assert j in walked or not block.any(), f"block {j} is seen and left out"
+            assert walked.get(j, True) or block.all(), f"block {j} needs a mask"
+
+    with jax.disable_jit():
+        queries = slice(row, row + block_q)
+        check(
+            key_blocks(first[queries], row, block_q, block_k),
+            [seen[queries, j : j + block_k] for j in range(0, length, block_k)],
+        )
+        keys = slice(row // block_k * block_k, row // block_k * block_k + block_k)
+        count = (length - start) // block_q
+        check(
+            query_blocks(last[keys], keys.start, start, count, block_q, block_k),
+            [seen[start + i * block_q :][:block_q, keys] for i in range(count)],
+        )
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+def test_splash_knows_a_block_by_its_corners(window: int | None) -> None:
+    mask = splash.Visible(starts=(0, 24), span=8, keys=32, window=window)
+    queries, keys = mask.q_sequence[:, None], np.arange(32)
+    seen = (queries >= keys) & (queries - keys < (window or 32))
+    for i, j in itertools.product(range(0, 16, 4), range(0, 32, 8)):
+        found = np.broadcast_to(mask[slice(i, i + 4), slice(j, j + 8)], (4, 8))
+        np.testing.assert_array_equal(found, seen[i : i + 4, j : j + 8])
+
+
+def test_cudnn_takes_whole_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    problem = Problem("gpu", "bfloat16", 4096, 32, 8, 128, False, None, context=4)
+    assert choose("auto", problem) == "pallas_gpu"
+    with pytest.raises(UserError, match=r"shared by 4 devices \(mesh.context\).*pallas_gpu"):
+        choose("cudnn", problem)
