@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_attention import equations
+from test_attention_lowering import hopper
 
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.errors import UserError
@@ -39,7 +41,7 @@ from llamapro_jax.model.kernels import (
     walk,
 )
 from llamapro_jax.program import buffers
-from llamapro_jax.sharding import activation, build_mesh
+from llamapro_jax.sharding import AXES, activation, build_mesh
 
 devices = fixture(8)
 
@@ -270,6 +272,36 @@ def test_blockwise_never_holds_the_scores_of_a_row(devices: Devices) -> None:
     chunk = LONG.length // (2 * LONG.context)
     assert devices(largest_buffer, "reference") >= 2 * chunk * LONG.length
     assert devices(largest_buffer, "blockwise") < chunk**2
+
+
+@pytest.mark.parametrize(("kernel", "platform"), [("pallas_gpu", "cuda"), ("splash", "tpu")])
+def test_kernels_lower_for_four_devices(kernel: Any, platform: str) -> None:
+    with hopper() if platform == "cuda" else contextlib.nullcontext():
+        device = jax.sharding.get_abstract_mesh().abstract_device
+    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 4), AXES, explicit, abstract_device=device)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        out = attention(q, k, v, segment_ids_BT=ids_BT, implementation=kernel, platform=platform)
+        return out.astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, activation(dims)))
+            for shape, dtype, dims in (
+                ((1, 4096, 32, 128), jnp.bfloat16, "BTHC"),
+                ((1, 4096, 8, 128), jnp.bfloat16, "BTKC"),
+                ((1, 4096, 8, 128), jnp.bfloat16, "BTKC"),
+                ((1, 4096), jnp.int32, "BT"),
+            )
+        ]
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    target = {"cuda": "@__gpu$xla.gpu.triton", "tpu": "@tpu_custom_call"}[platform]
+    assert text.count(f"stablehlo.custom_call {target}") == 3
+    # Keys, values and ids are gathered; the gradients of two of them go back.
+    assert text.count("stablehlo.all_gather") == 3
+    assert text.count("stablehlo.reduce_scatter") == 2
 
 
 @given(parts=st.integers(1, 9), chunk=st.integers(1, 20))
