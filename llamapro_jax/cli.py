@@ -20,6 +20,7 @@ VERBS = (
     "convert",
     "expand",
     "inspect",
+    "plan",
     "train",
     "evaluate",
     "report",
