@@ -17,12 +17,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 # Two installs into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-fast lint install clean
+.PHONY: help quickstart test test-fast test-compiled lint install clean
 
 help:
 	@echo "make quickstart   set up, then the whole path on a small model (a few minutes, no network)"
 	@echo "make test         set up, then lint and every test"
 	@echo "make test-fast    the same without the slow tests"
+	@echo "make test-compiled  set up, then compile steps for TPUs that are not here (libtpu, 0.7 GB)"
 	@echo "make lint         set up, then ruff"
 	@echo "make install      set up only; then $(BIN)/llamapro --help"
 	@echo "make clean        remove the environment and the caches (not runs/)"
@@ -33,10 +34,15 @@ quickstart: $(VENV)/.stamp-base
 	@$(BIN)/llamapro quickstart --out runs/quickstart $(QUICKSTART_ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/compiled $(PYTEST_ARGS)
 
 test-fast: lint
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/compiled \
+	  -m "not slow" $(PYTEST_ARGS)
+
+# In one process: the compiler takes all cores, and gigabytes of memory.
+test-compiled: $(VENV)/.stamp-tpu
+	@$(BIN)/python -m pytest tests/compiled $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check .
@@ -64,3 +70,8 @@ $(VENV)/.stamp-test: pyproject.toml | $(VENV)/.stamp-venv
 	@echo "Installing llamapro_jax[test] into $(VENV) (some minutes the first time)"
 	@$(PIP) install -qq --editable ".[test]"
 	@touch $(VENV)/.stamp-base $@
+
+$(VENV)/.stamp-tpu: $(VENV)/.stamp-test
+	@echo "Installing llamapro_jax[test,tpu] into $(VENV) (libtpu is 0.7 GB)"
+	@$(PIP) install -qq --editable ".[test,tpu]"
+	@touch $@
