@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -37,6 +38,7 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 # In seconds. The hosts of a cold pod do not all start within jax's 300.
 START_TIMEOUT = 1800
 _END_TIMEOUT = 120
+_PATIENCE = 60
 # How long a process leaves it to process 0 to report an error that both may have.
 _COURTESY = 5
 # How long a file takes at most to be seen by the other hosts of a network file system.
@@ -51,13 +53,16 @@ _names = itertools.count()
 
 @dataclass(frozen=True)
 class Join:
-    """How to join: explicit settings, or None where jax finds them in its surroundings."""
+    """How to join: explicit settings, or None where jax finds them in its surroundings.
+
+    alone: a group of one.
+    """
 
     reason: str
     address: str | None = None
     count: int | None = None
     index: int | None = None
-    bind: str | None = None
+    alone: bool = False
 
 
 def reason_to_join(environment: Mapping[str, str] = os.environ) -> Join | None:
@@ -131,7 +136,7 @@ def _cpu_devices(environment: Mapping[str, str]) -> Join | None:
     if environment.get("JAX_PLATFORMS") != "cpu" or devices[0] in ("", "0", "1"):
         return None
     address = f"127.0.0.1:{free_port()}"
-    return Join("several CPU devices", address, 1, 0, bind=address)
+    return Join("several CPU devices", address, 1, 0, alone=True)
 
 
 def free_port() -> int:
@@ -168,13 +173,18 @@ def joined() -> Iterator[None]:
     Must be entered before jax starts its devices. Ends together: when one process raises, all end
     with the same status, and process 0 shows the message.
     """
+    import jax
+
     join = reason_to_join()
-    if join is None:
+    if join is None or (join.alone and _devices_started()):
         yield
         return
-    _initialize(join)
+    with _stoppable():
+        _initialize(join)
     watch = _Watch()
     try:
+        # Devices start on all processes at a time.
+        jax.devices()
         yield
     except BaseException as error:
         _end(watch, error)
@@ -191,32 +201,63 @@ def _initialize(join: Join) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     explicit = {} if join.count is None else {"cluster_detection_method": "deactivate"}
+    # jaxlib aborts the process when the others do not come in time: say what it waits for.
+    where = join.address or "the first host"
+    waiting = threading.Timer(_PATIENCE, _say_waiting, [join.reason, where])
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             coordinator_address=join.address,
             num_processes=join.count,
             process_id=join.index,
-            coordinator_bind_address=join.bind,
+            coordinator_bind_address=join.address if join.alone else None,
             initialization_timeout=START_TIMEOUT,
             shutdown_timeout_seconds=_END_TIMEOUT,
             **explicit,
         )
-        # Devices start on all processes at a time, or on none.
-        jax.devices()
     except (RuntimeError, ValueError) as error:
-        # Also what jaxlib raises when not all processes came in time.
         raise UserError(
             f"the processes of this run ({join.reason}) did not come together: "
-            f"{str(error).splitlines()[0]}. All of them must run the same command and reach "
-            f"{join.address or 'the first host'}."
+            f"{str(error).splitlines()[0]}. All of them must run the same command and reach {where}."
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _say_waiting(reason: str, where: str) -> None:
+    print(
+        f"still waiting for the other processes of this run ({reason}); all of them must run the "
+        f"same command and reach {where}. Aborts after {START_TIMEOUT // 60} minutes.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While jax waits for the other processes, where Python handles no signal, SIGTERM ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _state() -> Any:
-    """jax's record of the group that this process is in. The only use of what jax keeps private."""
+    """jax's record of the group that this process is in, which it keeps private."""
     from jax._src import distributed
 
     return distributed.global_state
+
+
+def _devices_started() -> bool:
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
 
 
 def count() -> int:
@@ -239,11 +280,16 @@ def _status(error: BaseException) -> int:
     return code if isinstance(code, int) else 1
 
 
+def _described(error: BaseException) -> str:
+    return str(error) if isinstance(error, Exception) or hasattr(error, "status") else "stopped"
+
+
 def _end(watch: _Watch, error: BaseException) -> None:
     """Tells the others of an exception. Raises SystemExit where process 0 has the word."""
     watch.over.set()
+    first = is_first()
     expected = not isinstance(error, Exception) or isinstance(error, UserError | OSError)
-    if not is_first() and expected:
+    if not first and expected:
         # The same error on all processes is reported by the first.
         with suppress(TimeoutError):
             _get(_FAILED, _COURTESY)
@@ -251,12 +297,12 @@ def _end(watch: _Watch, error: BaseException) -> None:
         "process": _state().process_id,
         "host": socket.gethostname(),
         "status": _status(error),
-        "message": str(error) if expected else traceback.format_exception_only(error)[-1].strip(),
+        "message": _described(error) if expected else traceback.format_exception_only(error)[-1],
     }
     with suppress(Exception):  # another was first
         _state().client.key_value_set(_FAILED, json.dumps(told))
     _leave()
-    if not is_first() and expected:
+    if not first and expected:
         raise SystemExit(_status(error)) from None
 
 
@@ -296,7 +342,7 @@ class _Watch:
             return
         if self._first:
             where = f"process {told['process']} on {told['host']}"
-            print(f"error: {where}: {told['message']}", file=sys.stderr)
+            print(f"error: {where}: {told['message'].strip()}", file=sys.stderr)
         with suppress(Exception):
             _leave()
         sys.stdout.flush()
