@@ -52,8 +52,9 @@ each_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
 def machine_of(name: str) -> Machine:
-    """What the comment at the top of a configuration names."""
-    named = re.search(r"^# Machine: (\S+?)\.(?: |$)", RECIPES[name].read_text(), re.MULTILINE)
+    """For which the comment at the top of a configuration plans."""
+    plan = rf"^#   llamapro plan configs/{name}\.yaml topology=(\S+)$"
+    named = re.search(plan, RECIPES[name].read_text(), re.MULTILINE)
     assert named is not None, f"{name} names no machine"
     return parse_machine(named[1])
 
