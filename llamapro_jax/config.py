@@ -26,10 +26,12 @@ __all__ = [
     "EvalSourceConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ProfileConfig",
     "RunConfig",
     "SourceConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "XlaConfig",
     "changed",
     "load_config",
     "save_config",
@@ -43,6 +45,9 @@ MAY_CHANGE_ON_RESUME = (
     "tracking",
     "architecture",
     "mesh",
+    "xla",
+    "compilation_cache",
+    "profile",
     "training.microbatch",
     "training.remat",
     "data.cache_directory",
@@ -57,6 +62,8 @@ Another mesh, microbatch or remat adds in another order, which may change last b
 """
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_FLAG = re.compile(r"xla_\w+")
 
 _SLICE = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
 
@@ -344,6 +351,46 @@ class TrackingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class XlaConfig:
+    """Flags of the XLA compiler, set before it starts. What the environment sets stays."""
+
+    defaults: bool = option(
+        "Set the flags that docs/performance.md lists for the chip that is here.", True
+    )
+    flags: dict[str, str | None] | None = option(
+        "Further flags, or other values for those, by name without `--`, such as "
+        "`{xla_tpu_scoped_vmem_limit_kib: 65536}`; a flag that is null is left to XLA.",
+        None,
+    )
+
+    def problems(self) -> Problems:
+        for name, value in (self.flags or {}).items():
+            where = f"flags.{name}"
+            if name.startswith("-"):
+                yield where, f"is a name without dashes: {name.lstrip('-').partition('=')[0]!r}."
+            elif not _FLAG.fullmatch(name):
+                yield where, "is no flag of XLA: their names begin with `xla_`."
+            elif value is not None and re.search(r"\s", value):
+                yield where, f"{value!r} has a space, at which XLA would cut it in two."
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, in the run directory's `profile`; the log says how to look at it."""
+
+    steps: int = option("Number of steps to trace; 0: none.", 0)
+    first_step: int = option(
+        "The first step to trace, or of a resumed run the first one it takes from there on; the "
+        "first steps of all are slower than the rest.",
+        10,
+    )
+
+    def problems(self) -> Problems:
+        yield from _not_negative(self, "steps")
+        yield from _positive(self, "first_step")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -371,8 +418,16 @@ class RunConfig:
     )
     seed: int = option("Seed of all that is random in the run, such as the order of the rows.", 0)
     optimizer: OptimizerConfig = OptimizerConfig()
+    compilation_cache: str | None = option(
+        "Directory that keeps compiled programs for later runs (a path or `gs://...`); `auto`: "
+        "JAX_COMPILATION_CACHE_DIR, else `llamapro_jax/xla` in XDG_CACHE_HOME or `~/.cache`; null: "
+        "none.",
+        "auto",
+    )
     mesh: MeshConfig = MeshConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
+    xla: XlaConfig = XlaConfig()
     architecture: ArchitectureConfig | None = option(
         "What the model will be, where it is not on disk yet; null: nothing is assumed.", None
     )
@@ -386,6 +441,8 @@ class RunConfig:
     def problems(self) -> Problems:
         yield from _not_empty(self, "model", "output")
         yield from _not_negative(self, "seed")
+        if self.compilation_cache == "":
+            yield "compilation_cache", "must not be empty; null turns it off."
         yield from self._trainable_problems()
         batch, part = self.data.batch_size, self.training.microbatch
         if part != "auto" and part > 0 and batch % part:
