@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, from a workstation with gcloud. See usage below.
+# Trains on a Cloud TPU VM or on all hosts of a slice, from a workstation with gcloud. See usage below.
 set -euo pipefail
 
 usage() {
@@ -8,24 +8,27 @@ usage: launch/tpu_vm.sh [train] --name NAME --zone ZONE [--project PROJECT] [--d
                         --config CONFIG [key.path=value ...]
        launch/tpu_vm.sh install --name NAME --zone ZONE [--project PROJECT] [--dry-run]
        launch/tpu_vm.sh logs --name NAME --zone ZONE [--project PROJECT] [--dry-run] [--follow]
+                             [--worker N]
        launch/tpu_vm.sh stop --name NAME --zone ZONE [--project PROJECT] [--dry-run]
 
-train    copies this checkout to all workers of a TPU VM that exists, installs it there with the
-         tpu extra and starts `llamapro train CONFIG ...`, detached: the connection may go.
-         The same command again resumes the run.
+train    copies this checkout to all workers (hosts) of a TPU VM that exists, installs it there with
+         the tpu extra and starts `llamapro train CONFIG ...` on each, detached: the connection may
+         go. The workers find each other. The same command again resumes the run.
 install  does the first two and stops, to prepare models and data there before a run
-logs     shows the last lines of the output of training; with --follow, the coming ones too
-stop     ends training (SIGTERM)
+logs     shows the last lines of the output of training; with --follow, the coming ones too.
+         Of several workers the first one writes it
+stop     ends training on all workers (SIGTERM)
 
   --name NAME         the TPU VM; for a queued resource, the --node-id it was created with
   --zone ZONE         its zone
   --project PROJECT   its project; default: that of gcloud's configuration
   --config CONFIG     a run configuration inside this checkout
+  --worker N          logs: of this worker; default: 0. The others say little but errors of theirs
   --dry-run           print every command, run none
   --help              this text
 
-Paths in CONFIG are paths on the TPU VM, from ~/llamapro_jax. One worker (host) only: see
-launch/README.md.
+Paths in CONFIG are paths on the TPU VM, from ~/llamapro_jax. With several workers, model, data and
+output lie on a file system that all of them mount: see launch/README.md.
 
 example:
   launch/tpu_vm.sh --name my-v5e-8 --zone us-west4-a --config configs/llama2_7b_pro.yaml
@@ -58,7 +61,7 @@ on_all_workers() {
   tpu_vm ssh "$name" --worker=all --command="$1"
 }
 
-require_one_worker() {
+require_workers() {
   local addresses
   # The addresses of the workers, separated by semicolons.
   if ((dry_run)); then
@@ -69,8 +72,8 @@ require_one_worker() {
   if [[ -z "$addresses" ]]; then
     die "$name has no worker yet; wait until its state is READY"
   elif [[ "$addresses" == *";"* ]]; then
-    die "$name has several workers ($addresses), and llamapro train runs on one for now; \
-choose a slice of one host (v5litepod-8, v6e-8, ...)"
+    echo "$name has several workers ($addresses): model, data and output must lie on a file system \
+that all of them mount."
   fi
 }
 
@@ -117,13 +120,13 @@ verb=train
 case "${1:-}" in
   train | install | logs | stop) verb="$1"; shift ;;
 esac
-name="" zone="" project="" config=""
+name="" zone="" project="" config="" worker=""
 dry_run=0
 follow=""
 while (($# > 0)); do
   case "$1" in
     --help | -h) usage; exit 0 ;;
-    --name | --zone | --project | --config)
+    --name | --zone | --project | --config | --worker)
       if (($# < 2)); then die "$1 needs a value"; fi
       printf -v "${1#--}" '%s' "$2"
       shift 2
@@ -143,6 +146,7 @@ done
 if [[ -z "$name" ]]; then die "--name is missing: which TPU VM?"; fi
 if [[ -z "$zone" ]]; then die "--zone is missing: where is $name?"; fi
 if [[ -n "$follow" && "$verb" != logs ]]; then die "--follow belongs to logs, not to $verb"; fi
+if [[ -n "$worker" && "$verb" != logs ]]; then die "--worker belongs to logs, not to $verb"; fi
 if [[ -n "$config" && "$verb" != train ]]; then die "--config belongs to train, not to $verb"; fi
 if [[ "$verb" != train ]] && (($# > 0)); then die "$verb takes no $1"; fi
 place=("--zone=$zone")
@@ -159,7 +163,7 @@ case "$verb" in
       die "--config $path: is outside $root, which is what gets copied; copy it to configs/"
     fi
     command="launch/local.sh --accelerator tpu$(printf ' %q' "$config" "$@")"
-    require_one_worker
+    require_workers
     install_checkout
     # Its own session and no terminal: it outlives the connection.
     on_all_workers "cd ~/llamapro_jax || exit
@@ -171,10 +175,12 @@ echo \$! >train.pid"
     fi
     ;;
   install)
-    require_one_worker
+    require_workers
     install_checkout
     ;;
-  logs) on_all_workers "tail -n 50$follow ~/llamapro_jax/train.log" ;;
+  logs)
+    tpu_vm ssh "$name" "--worker=${worker:-0}" --command="tail -n 50$follow ~/llamapro_jax/train.log"
+    ;;
   stop) on_all_workers "$is_running
 $stop" ;;
 esac

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["launch/local.sh", "launch/tpu_vm.sh", ".ci/run"]
+LAUNCHERS = ["launch/local.sh", "launch/slurm_gpu.sh", "launch/tpu_vm.sh"]
+SCRIPTS = [*LAUNCHERS, ".ci/run"]
 
 # A Python that makes "environments" whose commands write down how they were called. While the files
 # exist, FAIL lets pip fail, FAIL_TESTS pytest, and SLEEP keeps llamapro alive.
@@ -40,15 +41,27 @@ echo "$(basename "$0") $* (JAX_PLATFORMS=${JAX_PLATFORMS:-})" >>"$RECORD"
 echo "training"
 while [[ -e "$FAKES/SLEEP" ]]; do sleep 0.1; done
 """
-# Answers `describe` from $ADDRESSES, runs what comes by ssh in $REMOTE_HOME, and copies by scp.
+# Answers `describe` from $ADDRESSES, runs what comes by ssh in the home of each worker that it is
+# for, and copies by scp. The home of worker 0 is $REMOTE_HOME, that of another $REMOTE_HOME-NUMBER.
 FAKE_GCLOUD = """\
 #!/usr/bin/env bash
 printf '%s\\n' "gcloud $*" >>"$RECORD"
-case "$4" in
-  describe) echo "$ADDRESSES" ;;
-  scp) cp "$5" "$REMOTE_HOME/${6#*:}" ;;
-  ssh) cd "$REMOTE_HOME" && HOME="$REMOTE_HOME" exec bash -c "${7#--command=}" ;;
-esac
+if [[ "$4" == describe ]]; then echo "$ADDRESSES"; exit; fi
+IFS=';' read -ra addresses <<<"$ADDRESSES"
+workers="${!addresses[*]}"
+for argument in "$@"; do
+  if [[ "$argument" == --worker=[0-9]* ]]; then workers="${argument#--worker=}"; fi
+done
+status=0
+for worker in $workers; do
+  home="$REMOTE_HOME"
+  if ((worker > 0)); then home="$REMOTE_HOME-$worker"; mkdir -p "$home"; fi
+  case "$4" in
+    scp) cp "$5" "$home/${6#*:}" ;;
+    ssh) (cd "$home" && HOME="$home" bash -c "${7#--command=}") || status=$? ;;
+  esac
+done
+exit $status
 """
 # An interpreter of a version that is too old, as far as -c can tell.
 OLD_PYTHON = "#!/usr/bin/env bash\nexit 1\n"
@@ -140,7 +153,7 @@ def test_scripts_pass_shellcheck(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", ["launch/local.sh", "launch/tpu_vm.sh"])
+@pytest.mark.parametrize("script", LAUNCHERS)
 def test_help_names_every_option(machine: Machine, script: str) -> None:
     result = machine.run(ROOT / script, "--help")
     assert result.returncode == 0
@@ -277,6 +290,8 @@ def test_tpu_vm_dry_run_prints_every_command_and_calls_none(
         if line.startswith("gcloud"):
             assert "--zone=us-west4-a --project=p" in line
             assert "--worker=all" in line or " describe " in line
+    logs = machine.run("launch/tpu_vm.sh", "logs", *PLACE, "--dry-run", cwd=checkout)
+    assert "--worker=0" in logs.stdout
     assert "optimizer.learning_rate=1e-4" in result.stdout
 
 
@@ -339,21 +354,42 @@ def running(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    ("workers", "message"),
-    [
-        ("10.0.0.2;10.0.0.3", "has several workers (10.0.0.2;10.0.0.3)"),
-        ("", "has no worker yet"),
-    ],
-)
-def test_tpu_vm_refuses_what_is_not_one_worker(
-    machine: Machine, checkout: Path, workers: str, message: str
-) -> None:
+def test_tpu_vm_refuses_one_without_workers(machine: Machine, checkout: Path) -> None:
     arguments = [*PLACE, "--config", "configs/tiny.yaml"]
-    result = machine.run("launch/tpu_vm.sh", *arguments, cwd=checkout, ADDRESSES=workers)
+    result = machine.run("launch/tpu_vm.sh", *arguments, cwd=checkout, ADDRESSES="")
     assert result.returncode == 2
-    assert message in result.stderr
+    assert "has no worker yet" in result.stderr
     assert [call.split()[4] for call in gcloud_calls(machine)] == ["describe"]
+
+
+def test_tpu_vm_trains_on_every_worker_of_a_slice(machine: Machine, checkout: Path) -> None:
+    (machine.fakes / "SLEEP").touch()
+    two = {"ADDRESSES": "10.0.0.2;10.0.0.3"}
+    start = ["launch/tpu_vm.sh", *PLACE, "--config", "configs/tiny.yaml"]
+    homes = [machine.remote_home, machine.remote_home.with_name("remote-1")]
+    processes: list[int] = []
+    try:
+        result = machine.run(*start, cwd=checkout, **two)
+        assert result.returncode == 0, result.stderr
+        assert "several workers (10.0.0.2;10.0.0.3): model, data and output" in result.stdout
+        processes += [int((home / "llamapro_jax/train.pid").read_text()) for home in homes]
+        assert len(set(processes)) == 2 and all(map(running, processes))
+        for home in homes:
+            wait_for((home / "llamapro_jax/train.log").read_text, "no output")
+        assert [line.split("--editable ")[1] for line in machine.installs()] == [
+            f"{home}/llamapro_jax[tpu]" for home in homes
+        ]
+        one = machine.run("launch/tpu_vm.sh", "logs", *PLACE, "--worker", "1", cwd=checkout, **two)
+        assert one.stdout == "training\n"
+        second = machine.run(*start, cwd=checkout, **two)
+        assert second.returncode == 1 and "a training run is under way" in second.stderr
+        stop = machine.run("launch/tpu_vm.sh", "stop", *PLACE, cwd=checkout, **two)
+        assert stop.stdout == "".join(f"stopping process {process}\n" for process in processes)
+        wait_for(lambda: not any(map(running, processes)), "the run did not end")
+    finally:
+        (machine.fakes / "SLEEP").unlink()
+        for process in filter(running, processes):
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +400,8 @@ def test_tpu_vm_refuses_what_is_not_one_worker(
         (PLACE, "--config is missing"),
         ([*PLACE, "--config", "configs/absent.yaml"], "configs/absent.yaml: no such file"),
         ([*PLACE, "--config", "../outside.yaml"], "is outside"),
-        ([*PLACE, "--worker", "0"], "unknown option --worker"),
+        ([*PLACE, "--workers", "0"], "unknown option --workers"),
+        (["stop", *PLACE, "--worker", "0"], "--worker belongs to logs"),
         ([*PLACE, "--config"], "--config needs a value"),
         ([*PLACE, "--follow", "--config", "configs/tiny.yaml"], "--follow belongs to logs"),
         (["stop", *PLACE, "--config", "configs/tiny.yaml"], "--config belongs to train"),
@@ -382,6 +419,77 @@ def test_tpu_vm_refuses(
     assert result.returncode == 2
     assert message in result.stderr
     assert machine.record() == []
+
+
+# --- slurm_gpu.sh -------------------------------------------------------------------------------
+
+SLURM = {"SLURM_JOB_ID": "77"}
+
+
+@pytest.fixture
+def cluster(machine: Machine, checkout: Path) -> Path:
+    """A checkout with an environment, where `srun` ends with $STATUS."""
+    machine.put("srun", '#!/usr/bin/env bash\necho "srun $*" >>"$RECORD"\nexit "${STATUS:-0}"\n')
+    machine.put("scontrol", '#!/usr/bin/env bash\necho "scontrol $*" >>"$RECORD"\n')
+    result = machine.run(
+        "launch/local.sh", "--accelerator", "cuda12", "--install-only", cwd=checkout
+    )
+    assert result.returncode == 0, result.stderr
+    return checkout
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (42, True)])
+def test_slurm_trains_and_goes_back_into_the_queue_when_it_was_stopped(
+    machine: Machine, cluster: Path, status: int, requeued: bool
+) -> None:
+    # As Slurm does, run a copy.
+    copy = shutil.copy(cluster / "launch/slurm_gpu.sh", machine.directory / "slurm_script")
+    result = machine.run(
+        copy, "configs/tiny.yaml", "output=a b", cwd=cluster, STATUS=str(status),
+        SLURM_SUBMIT_DIR=str(cluster), **SLURM,
+    )  # fmt: skip
+    assert result.returncode == status, result.stderr
+    program = cluster / ".venv-cuda12/bin/llamapro"
+    assert f"srun {program} train configs/tiny.yaml output=a b" in machine.record()
+    assert ("scontrol requeue 77" in machine.record()) == requeued
+
+
+def test_slurm_asks_for_gpus_by_node_and_for_a_signal() -> None:
+    head = (ROOT / "launch/slurm_gpu.sh").read_text().partition("set -euo")[0]
+    for option in ("gres=gpu:8", "ntasks-per-node=8", "signal=TERM@300", "requeue"):
+        assert f"#SBATCH --{option}\n" in head
+    assert "gpus-per-task" not in head
+
+
+def test_slurm_dry_run_runs_nothing(machine: Machine, cluster: Path) -> None:
+    before = machine.record()
+    result = machine.run("launch/slurm_gpu.sh", "--dry-run", "configs/tiny.yaml", cwd=cluster)
+    assert result.stdout.strip().endswith("bin/llamapro train configs/tiny.yaml")
+    assert machine.record() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], SLURM, "CONFIG is missing"),
+        (["configs/absent.yaml"], SLURM, "configs/absent.yaml: no such configuration file"),
+        (["--nodes=2", "configs/tiny.yaml"], SLURM, "unknown option --nodes=2"),
+        (["configs/tiny.yaml"], {}, "this is no Slurm job; submit it: sbatch"),
+        (["configs/tiny.yaml"], {**SLURM, "VENV": "none"}, "none/bin/llamapro: no such program"),
+        (["configs/tiny.yaml"], {**SLURM, "SLURM_SUBMIT_DIR": "/"}, "/ is no checkout"),
+    ],
+)
+def test_slurm_refuses(
+    machine: Machine,
+    cluster: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    result = machine.run("launch/slurm_gpu.sh", *arguments, cwd=cluster, **environment)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not any(line.startswith("srun") for line in machine.record())
 
 
 # --- Makefile -----------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def _initialize(join: Join) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of this run ({join.reason}) did not come together: "
-            f"{str(error).splitlines()[0]}. All of them must run the same command and reach {where}."
+            f"{str(error).splitlines()[0]}. All must run the same command and reach {where}."
         ) from error
     finally:
         waiting.cancel()
