@@ -222,7 +222,7 @@ class Target:
         step = build_train_step(self.config, self.plan, run, arguments.optimizer)
         with jax.set_mesh(self.mesh), full_precision(jnp.dtype(run.compute_dtype)):
             lowered = step.trace(arguments.state, arguments.frozen, arguments.batch).lower()
-        return lowered.compile(compiler_options=compiler_options(self.machine.chip.name))
+        return lowered.compile(compiler_options=compiler_options(self.machine.chip.name, run.xla))
 
     def fit(self) -> Fitted:
         return resolve(

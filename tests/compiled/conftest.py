@@ -1,0 +1,37 @@
+"""The environment of the compilers, before anything imports jax: these tests run by themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamapro_jax.machines import parse_machine
+from llamapro_jax.topology import prepare_environment
+
+HERE = Path(__file__).parent
+
+# What the partitioner warns of is read from standard error, see `programs.said`.
+os.environ.update(
+    {"TF_CPP_MIN_LOG_LEVEL": "1", "TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
+)
+HAS_TPU = importlib.util.find_spec("libtpu") is not None
+HAS_GPU = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
+if "jax" not in sys.modules:
+    for installed, machine in ((HAS_TPU, "v5e-4"), (HAS_GPU, "h100-8")):
+        if installed:
+            prepare_environment(parse_machine(machine))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks these tests `compiled`, and skips those whose compiler is not installed."""
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.compiled)
+        has, extra = (HAS_GPU, "cuda12") if item.path.stem == "test_gpu" else (HAS_TPU, "tpu")
+        if not has:
+            item.add_marker(pytest.mark.skip(reason=f"needs llamapro_jax[{extra}]"))
