@@ -1,18 +1,17 @@
 """Context parallelism: the devices along the mesh axis `context` share the tokens of a row.
 
-Under a causal mask a later token has more to see. So a row is cut into 2C chunks for C devices, and
-device i has chunks i and 2C-1-i: all compute the same number of (query, key) pairs. In this order,
-"laid out", a row is an array whose length is sharded over `context`.
+Under a causal mask a later token has more to see. So n devices cut a row into 2n chunks, and device
+i has chunks i and 2n-1-i: all compute the same number of (query, key) pairs. In this order, "laid
+out", a row is an array whose length is sharded over `context`.
 
-Queries stay where they are. Keys and values are gathered along the axis, and their gradients are
-summed and scattered back. A device so holds the keys and values of whole rows for one layer at a
-time, `4 * T * K/tensor * C` bytes a row in bfloat16: with the grouped heads of long-context models
-little (Llama-3-8B at T = 131,072: 512 MiB), with as many key/value heads as query heads C times the
-device's own queries and outputs (LLaMA2-7B at T = 32,768: 512 MiB). They are gathered once more in
-the backward pass, unless everything is saved.
+Queries stay where they are. Keys and values are gathered along the axis, once more in the backward
+pass unless everything is saved, and their gradients are summed and scattered back. So a device
+holds those of whole rows for one layer at a time: in bfloat16 `4 * S * K * C` bytes a row, for its
+own K heads. Llama-3-8B, whose heads are grouped, needs 512 MiB at 131,072 tokens, and LLaMA2-7B,
+whose heads are not, as much at 32,768; divided by the devices along `tensor`.
 
-B batch, T the tokens of a row that a device has, S those of the whole row, H query heads, K
-key/value heads, C head dim. Where a row is seen as a whole, [B, T] is the global view of it.
+B batch, T the tokens of a row that a device has, S those of the whole row, K key/value heads, C
+head dim. In `spread`, which sees all devices, T is the whole row.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def order(length: int, parts: int) -> np.ndarray:
 
 
 def spread(row_BT: jax.Array) -> jax.Array:
-    """A batch array [B, T, ...] in laid-out order, its length sharded over `context`.
+    """A batch array [B, T] in laid-out order, its length sharded over `context`.
 
     Takes whole rows, as a batch enters a step. Without a mesh, or with one device along the axis,
     nothing moves.
@@ -78,11 +77,10 @@ def attention(
 
 
 def _lay_out(row_BT: Any, parts: int, numpy: Any) -> Any:
-    """Whole rows [B, T, ...] in laid-out order."""
-    B, T, *rest = row_BT.shape
-    early, late = numpy.split(row_BT.reshape(B, 2, parts, T // (2 * parts), *rest), 2, axis=1)
-    chunks = numpy.stack([early[:, 0], late[:, 0, ::-1]], axis=2)
-    return chunks.reshape(B, T, *rest)
+    """Whole rows [B, T] in laid-out order; `numpy` is numpy or jax.numpy."""
+    B, T = row_BT.shape
+    early, late = numpy.split(row_BT.reshape(B, 2, parts, T // (2 * parts)), 2, axis=1)
+    return numpy.stack([early[:, 0], late[:, 0, ::-1]], axis=2).reshape(B, T)
 
 
 def _natural(gathered: jax.Array, parts: int) -> jax.Array:
