@@ -192,6 +192,7 @@ def joined() -> Iterator[None]:
     else:
         watch.over.set()
         _leave()
+        watch.join()
 
 
 def _initialize(join: Join) -> None:
@@ -302,6 +303,7 @@ def _end(watch: _Watch, error: BaseException) -> None:
     with suppress(Exception):  # another was first
         _state().client.key_value_set(_FAILED, json.dumps(told))
     _leave()
+    watch.join()
     if not first and expected:
         raise SystemExit(_status(error)) from None
 
@@ -312,7 +314,7 @@ def _leave() -> None:
 
     try:
         jax.distributed.shutdown()
-    except RuntimeError as error:
+    except Exception as error:  # jaxlib raises several types, and the end is near anyway
         print(f"warning: left the other processes: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
@@ -326,7 +328,12 @@ class _Watch:
         self.over = threading.Event()
         # Asked now, since `_leave` clears it.
         self._first = is_first()
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """After `_leave`: Python must not end while the thread waits in jaxlib."""
+        self._thread.join(_END_TIMEOUT)
 
     def _run(self) -> None:
         while True:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llamapro_jax.architecture import check_described
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
@@ -50,9 +51,10 @@ from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_first
 from llamapro_jax.model.attention import choose, platform_of
 from llamapro_jax.model.kernels import Problem
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
-from llamapro_jax.sharding import build_mesh, check_batch, check_model
+from llamapro_jax.sharding import build_mesh, check_model
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
 from llamapro_jax.sources import FlaxSource, Source, open_source
+from llamapro_jax.training.fit import check_rows
 from llamapro_jax.training.lock import RunLock, taken
 from llamapro_jax.training.run_directory import (
     CHECKPOINTS,
@@ -159,6 +161,7 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     directory = Path(config.output)
     mesh = build_mesh(config.mesh)
     source = open_source(config.model, masters=True)
+    check_described(config, source.config, source.plan)
     check_spec(config.trainable, source.config, source.plan)
     _check_length(config, source)
     _check_mesh(config, source, mesh)
@@ -246,16 +249,8 @@ def _check_length(config: RunConfig, source: Source) -> None:
 
 def _check_mesh(config: RunConfig, source: Source, mesh: Mesh) -> None:
     """Raises UserError when the model or a batch does not divide over the devices."""
-    data, training = config.data, config.training
     check_model(source.config, mesh.shape)
-    check_batch(data.batch_size, data.sequence_length, mesh.shape, "data.batch_size")
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = data.batch_size // groups
-    if training.microbatch != "auto" and rows % training.microbatch:
-        raise UserError(
-            f"training.microbatch: {training.microbatch} does not divide the {rows} rows that each "
-            f"of {groups} groups of devices has of data.batch_size, {data.batch_size}."
-        )
+    check_rows(config, mesh.shape)
 
 
 def _check_attention(config: RunConfig, source: Source) -> None:
