@@ -25,6 +25,8 @@ from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.launch import local
 from llamapro_jax.launch.processes import free_port
 from llamapro_jax.metrics import read_metrics
+from llamapro_jax.model.weights import tensors
+from llamapro_jax.sources import open_source, read_part
 
 ROOT = Path(local.__file__).parents[2]
 TIMES = ("tokens_per_second", "useful_flops_per_second", "seconds")
@@ -39,6 +41,14 @@ CHANGES = {
 }
 
 devices = fixture(8)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("processes")
+    write_model(directory)
+    write_texts(directory / "texts")
+    return directory
 
 
 # ------------------------------------------------------------------- meshes
@@ -94,15 +104,81 @@ def test_a_mesh_gives_the_losses_of_one_device(
     np.testing.assert_allclose(found, on_one_device, rtol=1e-5)
 
 
+# ------------------------------------------------------------------- parts of a model
+
+
+@pytest.mark.parametrize("kind", ["base", "model"])
+def test_a_part_of_a_tensor_is_what_the_whole_has_there(work: Path, kind: str) -> None:
+    source = open_source(str(work / kind))
+    for tensor in tensors(source.config):
+        whole = tensor.weight.from_hf(source.read(tensor), source.config)
+        bounds = [(size // 3, max(size // 3 + 1, size - 1)) for size in whole.shape]
+        part = read_part(source, tensor, bounds)
+        assert part.dtype == whole.dtype
+        expected = whole[tuple(slice(*bound) for bound in bounds)]
+        np.testing.assert_array_equal(part, expected, err_msg=tensor.name)
+
+
+def test_of_two_hosts_each_reads_what_its_devices_need(work: Path, tmp_path: Path) -> None:
+    """With four devices of eight along `fsdp` a host needs half of each matrix."""
+    (tmp_path / "script.py").write_text(
+        f"""
+import json, sys
+import jax
+from llamapro_jax import sources
+from llamapro_jax.config import MeshConfig
+from llamapro_jax.flax_checkpoint import StackedArrays
+from llamapro_jax.launch.processes import joined
+from llamapro_jax.model import params
+from llamapro_jax.sharding import build_mesh
+read, parts = StackedArrays.read, params.read_part
+count = {{"from Flax": 0, "asked": 0}}
+def reading(self, *arguments):
+    array = read(self, *arguments)
+    count["from Flax"] += array.nbytes
+    return array
+def asking(*arguments):
+    array = parts(*arguments)
+    count["asked"] += array.nbytes
+    return array
+StackedArrays.read, params.read_part = reading, asking
+with joined():
+    mesh = build_mesh(MeshConfig(fsdp=8))
+    for kind in ("base", "model"):
+        count.update({{"from Flax": 0, "asked": 0}})
+        source = sources.open_source("{work}/" + kind)
+        loaded = params.load_params(source, lambda *_: "float32", mesh)
+        print(json.dumps({{
+            **count,
+            "total": sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)),
+            "vectors": sum(leaf.nbytes for leaf in jax.tree.leaves(loaded) if
+                leaf.sharding.is_fully_replicated),
+        }}))
+"""
+    )
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py")],
+            env={**local.environment(index, 2, 4, port), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        base, model = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+        for found in (base, model):
+            matrices = found["total"] - found["vectors"]
+            assert found["vectors"] < matrices / 50
+            assert found["asked"] == matrices / 2
+        assert base["from Flax"] == 0
+        assert model["from Flax"] == model["asked"] + model["vectors"]
+
+
 # ------------------------------------------------------------------- processes
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("processes")
-    write_model(directory)
-    write_texts(directory / "texts")
-    return directory
 
 
 def arguments(work: Path, output: Path, **changes: Any) -> list[str]:
