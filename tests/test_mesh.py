@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from checkpoints import write_tiny
 from devices import Devices, fixture
+from steps import PLANS, begin, expanded_params, model_config, random_batch, run_config
+
 from llamapro_jax import sharding
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.model.params import load_params
@@ -20,7 +20,6 @@ from llamapro_jax.model.quantized import quantize
 from llamapro_jax.sources import open_source
 from llamapro_jax.training.state import dtype_of, is_norm, leaf_path, leaves_of, map_leaves
 from llamapro_jax.training.step import build_train_step
-from steps import PLANS, begin, expanded_params, model_config, random_batch, run_config
 
 pytestmark = pytest.mark.slow
 

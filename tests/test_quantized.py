@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import PLANS, expanded_params, model_config, random_batch, run_config
 
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.model.quantized import Quantized, quantize, take
@@ -18,7 +19,6 @@ from llamapro_jax.sharding import build_mesh
 from llamapro_jax.training.abstract import abstract_arguments
 from llamapro_jax.training.state import dtype_of, init_state, labels, map_leaves, partition
 from llamapro_jax.training.step import build_train_step
-from steps import PLANS, expanded_params, model_config, random_batch, run_config
 
 PLAN = PLANS["unequal groups"]
 CONFIG = model_config(PLAN)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from steps import PLANS, model_config
 
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.errors import UserError
@@ -26,7 +27,6 @@ from llamapro_jax.sharding import (
     use,
     weight_sharding,
 )
-from steps import PLANS, model_config
 
 
 def sizes(*values: int) -> dict[str, int]:
