@@ -324,7 +324,7 @@ class ArchitectureConfig:
         "What it is made of: the name of a published model (`llama2_7b`, `llama2_13b`, "
         "`llama2_70b`, `llama3_8b`, `mistral_7b`), or the path of a config.json."
     )
-    blocks: int = option("New blocks, spread as `llamapro expand --blocks` does.", 8)
+    blocks: int = option("New blocks, spread as `--blocks` of `expand` does.", 8)
     per_group: int = option("New blocks of each group, as with `--per-group`.", 1)
 
     def problems(self) -> Problems:
@@ -380,8 +380,8 @@ class ProfileConfig:
 
     steps: int = option("Number of steps to trace; 0: none.", 0)
     first_step: int = option(
-        "The first step to trace, or of a resumed run the first one it takes from there on; the "
-        "first steps of all are slower than the rest.",
+        "The first step to trace. A run that goes on from a later step traces from the second one "
+        "that it takes.",
         10,
     )
 
@@ -449,6 +449,9 @@ class RunConfig:
             yield "training.microbatch", f"{part} does not divide data.batch_size, {batch}."
         if self.training.eval_every is not None and not self.data.eval:
             yield "training.eval_every", "is set, but data.eval names no held-out text."
+        if self.profile.steps > 0 and self.profile.first_step > self.training.steps:
+            first, steps = self.profile.first_step, self.training.steps
+            yield "profile.first_step", f"{first} is later than training.steps, {steps}."
         yield from self._schedule_problems()
 
     def _trainable_problems(self) -> Problems:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from hypothesis import settings
 
@@ -14,6 +17,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test may depend on the network, whatever the user's environment says.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor leave compiled programs in the user's home. A worker of pytest-xdist has it from the main one.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="llamapro-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # The first example of a property compiles, which takes longer than any deadline.
 settings.register_profile("llamapro", deadline=None)

@@ -25,6 +25,7 @@ import optax
 
 from llamapro_jax.checkpoint import Checkpoints, abstract
 from llamapro_jax.checksum import checksums
+from llamapro_jax.compilation_cache import enabled as compilation_cache
 from llamapro_jax.config import RunConfig, validate
 from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
@@ -36,6 +37,7 @@ from llamapro_jax.model.llama import Params
 from llamapro_jax.model.params import load_params
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.optimizer import build_optimizer
+from llamapro_jax.profiling import Profile
 from llamapro_jax.sharding import replicated
 from llamapro_jax.training.batches import place_batch
 from llamapro_jax.training.evaluation import held_out_loss
@@ -65,7 +67,7 @@ def train(config: RunConfig) -> Path:
     """
     validate(config)
     directory = Path(config.output)
-    with StopSignals() as stop, RunLock() as lock:
+    with compilation_cache(config.compilation_cache), StopSignals() as stop, RunLock() as lock:
         with stop.at_once(
             f"{directory}: stopped while it was prepared. Run the same command again to go on."
         ):
@@ -232,9 +234,14 @@ def _take_steps(run: _Progress) -> None:
 
     rate = _Rate(setup, run.step)
     waiting: Any = None
-    with Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches:
+    with (
+        Profile(setup.config.profile, setup.directory, run.step, run.display.message) as profile,
+        Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches,
+    ):
         for batch in batches:
-            run.state, metrics = settled(compiled(run.state, run.frozen, batch))
+            run.state, metrics = settled(
+                profile.take(run.step + 1, waiting, compiled, run.state, run.frozen, batch)
+            )
             run.step += 1
             # One step waits while another runs: the device is busy, and a stop is never far.
             jax.block_until_ready(waiting)

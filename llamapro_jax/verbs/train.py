@@ -28,12 +28,18 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
-    from llamapro_jax.launch.processes import joined
+    from llamapro_jax import xla
+
+    flags = xla.apply(config.xla)  # before jax is imported, below
+
+    from llamapro_jax.launch.processes import is_first, joined
     from llamapro_jax.training.loop import train
     from llamapro_jax.training.stopping import Stopped
 
     try:
         with joined():
+            if is_first():
+                print(*flags, sep="\n", end="\n" * bool(flags), flush=True)
             train(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
