@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from llamapro_jax.checksum import checksums
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays
+from llamapro_jax.launch.processes import is_first
 from llamapro_jax.training.state import leaf_path
 
 TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
@@ -52,12 +53,14 @@ def committed_steps(directory: str | Path) -> list[int]:
 class Checkpoints:
     """Saves and restores steps in `directory`, the newest `keep` of them. A context manager.
 
-    What an earlier process left half-saved is removed first.
+    What an earlier process left half-saved is removed first. All processes of a run make one, in
+    the same directory, and call `save` and `restore` together: each writes and reads its parts.
     """
 
     def __init__(self, directory: str | Path, keep: int) -> None:
         self.directory = Path(directory).absolute()
-        _remove_uncommitted(self.directory)
+        if is_first():
+            _remove_uncommitted(self.directory)
         logging.getLogger("absl").addFilter(_not_expected)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),

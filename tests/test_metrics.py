@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +231,23 @@ def test_a_record_is_strict_json(tmp_path):
         writer.write("eval", 0, name="Prosa, ü", loss=1e-300)
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail)["name"] == "Prosa, ü"
+
+
+def test_a_silent_writer_knows_what_is_recorded_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2):
+            writer.write("eval", step, name="old", loss=1.0)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with (
+        MetricsWriter(tmp_path, resume_step=1, tensorboard=True, silent=True) as writer,
+        ProgressDisplay(3, silent=True) as display,
+    ):
+        assert writer.recorded("eval", 1, "old") and not writer.recorded("eval", 2, "old")
+        display.log(writer.write("eval", 2, name="old", loss=2.0))
+        display.message("hello")
+        assert writer.recorded("eval", 2, "old")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert capsys.readouterr().out == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,10 +296,17 @@ def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
     [step] = committed_steps(run / "checkpoints")[-1:]
     assert 2 <= step < 10
     assert json.loads((run / f"checkpoints/{step}/meta/metadata").read_text())["step"] == step
+    shutil.copytree(run, tmp_path / "elsewhere")
     done = command(["llamapro_jax.cli", *arguments(work, run, **MESH)], environment(8))
     assert done.returncode == 0, done.stderr
     assert f"going on from step {step}" in done.stdout
     assert_same_run(run, in_one)
+    # Another mesh, in two processes again: the same losses but for the order of sums.
+    done = in_two(arguments(work, tmp_path / "elsewhere"))
+    assert done.returncode == 0, done.stderr
+    pairs = zip(log(tmp_path / "elsewhere"), log(in_one), strict=True)
+    for found, expected in pairs:
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 @pytest.mark.slow

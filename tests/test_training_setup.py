@@ -176,3 +176,41 @@ def test_an_attention_that_cannot_run_here_stops_before_anything_is_written(
     with pytest.raises(UserError, match="attention: 'splash' cannot run here"):
         prepared(work, tmp_path / "run", training__attention="splash")
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------- what another process opens
+
+
+def told_by_first(work: Path, output: Path) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and what process 0 tells the others of the run that it prepared."""
+    config = config_of(work, output)
+    with RunLock() as lock:
+        first = setup.prepare(config, lock)
+    (output / setup.START_FILE).write_text("this start")
+    rows = {where: rows.path for where, rows in first.data.rows.items()}
+    return config, {"token": "this start", "resume_step": None, "rows": rows}
+
+
+def test_another_process_opens_what_the_first_prepared(work: Path, tmp_path: Path) -> None:
+    config, told = told_by_first(work, tmp_path / "run")
+    before = digests(tmp_path / "run")
+    other = setup._follow(config, told)
+    with RunLock() as lock:
+        first = setup.prepare(config, lock)
+    assert digests(tmp_path / "run") == before
+    assert other.record == first.record and other.data.fingerprints == first.data.fingerprints
+    for name, array in first.data.mixture.batch(3).items():
+        np.testing.assert_array_equal(other.data.mixture.rows(3, 1, 3)[name], array[1:3])
+    assert list(other.data.held_out) == ["old", "held"]
+
+
+def test_a_process_that_does_not_see_the_run_directory_says_so(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "SEEN_WITHIN", 0.3)
+    config, told = told_by_first(work, tmp_path / "run")
+    with pytest.raises(UserError, match="process 0 wrote into it, and this process does not see"):
+        setup._follow(config, {**told, "token": "another start"})
+    shutil.rmtree(tmp_path / "run/data")
+    with pytest.raises(UserError, match="data.sources.words: process 0 prepared its"):
+        setup._follow(config, told)

@@ -39,8 +39,10 @@ from llamapro_jax.model.precision import full_precision
 from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.profiling import Profile
 from llamapro_jax.sharding import replicated
+from llamapro_jax.training.abstract import abstract_arguments
 from llamapro_jax.training.batches import place_batch
 from llamapro_jax.training.evaluation import held_out_loss
+from llamapro_jax.training.fit import Fitted, device_memory, resolve
 from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
 from llamapro_jax.training.setup import Setup, finished, prepare
@@ -101,6 +103,7 @@ class _Progress:
     stop: StopSignals
     seconds: float
     evaluate_step: Any
+    compiled_step: Any = None
     step: int = 0
     began: float = field(default_factory=time.monotonic)
     saved: int | None = None
@@ -114,6 +117,8 @@ def _run(setup: Setup, stop: StopSignals) -> None:
     spec, dtype = config.trainable, config.compute_dtype
     _say(format_table(trainable_table(source.config, source.plan, spec, dtype)))
     stop.agree_over(setup.mesh)
+    fitted = _fitted(setup)
+    setup = replace(setup, config=fitted.run)
     setup, state, frozen, optimizer = _load(setup)
     with (
         Checkpoints(setup.directory / CHECKPOINTS, config.training.keep) as checkpoints,
@@ -154,6 +159,7 @@ def _run(setup: Setup, stop: StopSignals) -> None:
                 loss_chunk=config.training.loss_chunk,
                 attention=config.training.attention,
             ),
+            compiled_step=fitted.compiled,
             step=setup.resume_step or 0,
             saved=setup.resume_step,
         )
@@ -164,6 +170,25 @@ def _run(setup: Setup, stop: StopSignals) -> None:
             _take_steps(run)
         checkpoints.wait()
         _finish(run)
+
+
+def _fitted(setup: Setup) -> Fitted:
+    """The run with what its configuration left to `auto`, found before a weight is read.
+
+    Where memory decides, the step is compiled for that; the same on all processes.
+    """
+    config, source = setup.config, setup.source
+
+    def compile_candidate(run: RunConfig) -> jax.stages.Compiled:
+        shapes = abstract_arguments(source.config, source.plan, run, setup.mesh)
+        step = build_train_step(source.config, source.plan, run, shapes.optimizer)
+        return step.lower(shapes.state, shapes.frozen, shapes.batch).compile()
+
+    memory = from_first(lambda: device_memory(jax.local_devices()))
+    with full_precision(jnp.dtype(config.compute_dtype)):
+        return resolve(
+            config, source.config, source.plan, setup.mesh.shape, memory, compile_candidate, _say
+        )
 
 
 def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransformation]:
@@ -226,10 +251,12 @@ def _batch(setup: Setup, step: int) -> Batch:
 def _take_steps(run: _Progress) -> None:
     setup, training = run.setup, run.setup.config.training
     source = setup.source
-    step_function = build_train_step(source.config, source.plan, setup.config, run.optimizer)
-    began = time.monotonic()
-    compiled = step_function.lower(run.state, run.frozen, _batch(setup, run.step)).compile()
-    run.display.message(f"compiled the step in {time.monotonic() - began:.1f} s")
+    compiled = run.compiled_step
+    if compiled is None:
+        step_function = build_train_step(source.config, source.plan, setup.config, run.optimizer)
+        began = time.monotonic()
+        compiled = step_function.lower(run.state, run.frozen, _batch(setup, run.step)).compile()
+        run.display.message(f"compiled the step in {time.monotonic() - began:.1f} s")
     _stop_if_asked(run)
 
     rate = _Rate(setup, run.step)
