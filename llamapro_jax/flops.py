@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import OUTER_BY_NAME, block_weights
-from llamapro_jax.program import compiled_matmul_flops
 from llamapro_jax.training.state import trains
-
-__all__ = ["StepFlops", "compiled_matmul_flops", "first_trained", "keys_seen", "step_flops"]
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from steps import (
 from llamapro_jax.checksum import checksums
 from llamapro_jax.config import OptimizerConfig, RunConfig
 from llamapro_jax.expansion import ExpansionPlan, after
-from llamapro_jax.flops import StepFlops, compiled_matmul_flops, step_flops
+from llamapro_jax.flops import StepFlops, step_flops
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import BLOCK_BY_NAME, block_weights
 from llamapro_jax.optimizer import build_optimizer
+from llamapro_jax.program import compiled_matmul_flops
 from llamapro_jax.training.state import (
     dtype_of,
     init_state,

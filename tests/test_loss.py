@@ -99,7 +99,7 @@ def test_no_more_logits_than_a_chunk_at_a_time(differentiated: tuple[int, ...]) 
 
 def test_a_frozen_head_costs_no_gradient() -> None:
     """Two products with the head (loss, gradient of x); a third only when the head trains."""
-    from llamapro_jax.flops import compiled_matmul_flops
+    from llamapro_jax.program import compiled_matmul_flops
 
     args = inputs()
     one = 2 * 40 * D * V  # 37 tokens in chunks of 8

@@ -12,9 +12,10 @@ from jax._src.ad_checkpoint import saved_residuals
 from steps import begin, expanded_params, model_config, random_batch, run_config
 
 from llamapro_jax.expansion import ExpansionPlan, spread
-from llamapro_jax.flops import compiled_matmul_flops, step_flops
+from llamapro_jax.flops import step_flops
 from llamapro_jax.model.config import Remat
 from llamapro_jax.model.weights import block_weights
+from llamapro_jax.program import compiled_matmul_flops
 from llamapro_jax.training.state import merge
 from llamapro_jax.training.step import build_train_step, summed_loss
 
