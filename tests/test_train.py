@@ -253,6 +253,25 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(work: Path, tmp_path:
     assert committed_steps(tmp_path / "run/checkpoints") == []
 
 
+def test_what_auto_stands_for_is_found_before_a_weight_is_read(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a device with a memory of its own the step is compiled first, and then takes the steps."""
+    load, read = loop.load_params, []
+    monkeypatch.setattr(loop, "load_params", lambda *a: read.append(a) or load(*a))
+    monkeypatch.setattr(loop, "device_memory", lambda devices: 1000)
+    with pytest.raises(UserError, match="the training step does not fit: it needs"):
+        train(config_of(work, tmp_path / "run", **SHORT))
+    assert not read
+    monkeypatch.setattr(loop, "device_memory", lambda devices: 2**30)
+    run = train(config_of(work, tmp_path / "run", **SHORT))
+    assert committed_steps(run / "checkpoints") == [2]
+    out = capsys.readouterr().out
+    assert "fits: " in out and "compiled the step" not in out
+    # The same command takes `auto` again, perhaps on another machine.
+    assert "remat: auto" in (run / "config.yaml").read_text()
+
+
 # ------------------------------------------------------------------- resume
 
 
