@@ -244,6 +244,7 @@ def test_the_launcher_has_help_and_refuses(capsys: pytest.CaptureFixture[str]) -
     assert "--processes 2 --devices 4 --" in capsys.readouterr().out
     for arguments, message in (
         ([], "what is to run?"),
+        (["--", "convert", "a", "b"], "convert: `train` alone runs on several processes"),
         (["--processes", "0", "--", "train"], "0 is not a positive whole number"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -57,7 +57,7 @@ def environment(
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llamapro_jax.launch.local",
-        usage="%(prog)s [--help] [--processes N] [--devices N] -- VERB ...",
+        usage="%(prog)s [--help] [--processes N] [--devices N] -- train CONFIG ...",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--devices", metavar="N", type=_positive, default=1, help="of each process; default: 1"
     )
     parser.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="as after `llamapro`"
+        "command", nargs=argparse.REMAINDER, metavar="-- train ...", help="as after `llamapro`"
     )
     return parser
 
@@ -151,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
     if not command:
         parser.error("what is to run? For example: -- train configs/tiny.yaml")
+    if command[0] != "train":
+        parser.error(f"{command[0]}: `train` alone runs on several processes")
     with _Group(command, parsed.processes, parsed.devices) as group:
         status = group.wait()
         group.show()
