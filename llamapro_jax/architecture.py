@@ -7,7 +7,7 @@ checks that against the real one.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from llamapro_jax.config import ArchitectureConfig, RunConfig
@@ -71,22 +71,29 @@ def check_described(run: RunConfig, config: ModelConfig, plan: ExpansionPlan) ->
     if run.architecture is None:
         return
     expected, expected_plan = described(run.architecture)
-    for name in ("hidden_size", "num_blocks", "vocab_size"):
-        wanted, found = getattr(expected, name), getattr(config, name)
-        if wanted != found:
-            raise UserError(
-                f"architecture: {run.architecture.base} with {run.architecture.blocks} new blocks "
-                f"has {name} {wanted}; {run.model} has {found}. Correct one of them, or leave "
-                "architecture out."
-            )
-    if expected != config:
+    differ = [
+        f"{field.name} is {getattr(config, field.name)}, not {getattr(expected, field.name)}"
+        for field in fields(ModelConfig)
+        if getattr(config, field.name) != getattr(expected, field.name)
+    ]
+    if not differ and expected_plan.new_depths != plan.new_depths:
+        differ = [
+            f"its new blocks stand at {list(plan.new_depths)}, not at "
+            f"{list(expected_plan.new_depths)}"
+        ]
+    if differ:
         raise UserError(
-            f"architecture: {run.model} is another model than {run.architecture.base} with "
-            f"{run.architecture.blocks} new blocks: {config} against {expected}."
+            f"architecture: {run.model} is not {run.architecture.base} with "
+            f"{run.architecture.blocks} new blocks: {'; '.join(differ)}. Correct one of them, or "
+            "leave architecture out."
         )
-    if expected_plan.new_depths != plan.new_depths:
+
+
+def check_length(run: RunConfig, config: ModelConfig) -> None:
+    """Raises UserError when rows are longer than the model was made for."""
+    length, longest = run.data.sequence_length, config.max_position_embeddings
+    if length > longest:
         raise UserError(
-            f"architecture: {run.architecture.blocks} new blocks of {run.architecture.base} stand "
-            f"at {list(expected_plan.new_depths)}; those of {run.model} at "
-            f"{list(plan.new_depths)}. Correct it, or leave architecture out."
+            f"data.sequence_length is {length}, but {run.model} was made for at most {longest} "
+            "positions (max_position_embeddings); take at most that."
         )

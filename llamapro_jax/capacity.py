@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llamapro_jax.architecture import check_length
 from llamapro_jax.config import RunConfig
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan
@@ -203,6 +204,7 @@ class Target:
         self.run, self.config, self.plan = run, config, plan
         self.machine, self.report = machine, report
         check_spec(run.trainable, config, plan)
+        check_length(run, config)
         self.shape = mesh_shape(run.mesh, machine.devices, machine.slices)
         check_model(config, self.shape)
         check_rows(run, self.shape)

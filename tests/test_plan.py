@@ -136,6 +136,7 @@ def test_what_does_not_fit(config: Path) -> None:
         (["topology=cpu-3", "mesh.context=3"], "128 does not divide into 6 chunks"),
         (["topology=v5e-16"], "data.batch_size: 8 rows do not divide over 16 devices"),
         (["topology=cpu-2", "training.microbatch=8"], "training.microbatch: 8 does not divide"),
+        (["data.sequence_length=1024"], "was made for at most 512 positions"),
         (["trainable=[new,head,all]"], "'all' stands alone"),
         (["architecture=null"], "model: models/small is not here"),
         (["architecture.blocks=0"], "trainable: 'new' trains the inserted blocks"),

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llamapro_jax.architecture import check_described
+from llamapro_jax.architecture import check_described, check_length
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
@@ -163,7 +163,7 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     source = open_source(config.model, masters=True)
     check_described(config, source.config, source.plan)
     check_spec(config.trainable, source.config, source.plan)
-    _check_length(config, source)
+    check_length(config, source.config)
     _check_mesh(config, source, mesh)
     _check_attention(config, source)
     _check_texts(config)
@@ -236,15 +236,6 @@ def _open_prepared(
 
 
 # ------------------------------------------------------------------- checks
-
-
-def _check_length(config: RunConfig, source: Source) -> None:
-    length, longest = config.data.sequence_length, source.config.max_position_embeddings
-    if length > longest:
-        raise UserError(
-            f"data.sequence_length is {length}, but {config.model} was made for at most {longest} "
-            "positions (max_position_embeddings); take at most that."
-        )
 
 
 def _check_mesh(config: RunConfig, source: Source, mesh: Mesh) -> None:
