@@ -3,7 +3,7 @@
     python docs/generate_capacity.py                  all that docs/capacity.json lacks
     python docs/generate_capacity.py --again v5e-4    those of a machine, or a recipe, once more
 
-Each line is a compile of the real step, one to three minutes, in a process of its own. TPU lines
+Each line is one or two compiles of the real step, a minute or two each, in a process of its own. TPU lines
 need llamapro_jax[tpu], GPU lines llamapro_jax[cuda12]; when the two are in different environments
 `--gpu-python` names the interpreter of the second. Results are kept in docs/capacity.json.
 """
@@ -17,27 +17,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llamapro_jax.machines import GIB, parse_machine
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(__file__).with_name("capacity.md")
 RESULTS = Path(__file__).with_name("capacity.json")
-GIB = 2**30
 
-# Recipe -> machines: the smallest that are rented, and those of the recipe's own size.
-SMALL = ("v5e-4", "v5e-16", "v5p-8", "v5p-128", "v6e-8", "v6e-16", "h100-8", "h200-1", "h200-8")
-MIDDLE = ("v5e-16", "v5p-8", "v5p-128", "v6e-8", "v6e-16", "h100-8", "h200-8")
-LARGE = ("v5p-64", "v5p-128", "v5p-256", "v6e-64", "v6e-256", "h100-64", "h200-32")
-TUNED = ("v5e-16", "v5p-32", "v6e-16", "h100-8", "h200-8")
+# Recipe -> machines: one of each kind, of a size that takes it or nearly so.
 LINES: dict[str, tuple[str, ...]] = {
-    "llama2_7b_pro": SMALL,
-    "mistral_7b_pro": SMALL,
-    "llama3_8b_pro": SMALL,
-    "llama2_13b_pro": MIDDLE,
-    "llama2_70b_pro": LARGE,
-    "llama2_7b_pro_instruct": TUNED,
-    "mistral_7b_pro_instruct": TUNED,
-    "llama3_8b_pro_instruct": TUNED,
-    "llama2_13b_pro_instruct": ("v5p-64", "v6e-64", "h100-16", "h200-8"),
-    "llama2_70b_pro_instruct": ("v5p-256", "v6e-256", "h100-64", "h200-64"),
+    "llama2_7b_pro": ("v5e-4", "v5p-8", "v5p-128", "v6e-8", "h100-8", "h200-1", "h200-8"),
+    "llama2_70b_pro": ("v5p-128", "v5p-256", "v6e-256", "h100-64", "h200-32"),
+    "llama2_13b_pro": ("v5e-16", "v5p-8", "v6e-8", "h100-8", "h200-8"),
+    "mistral_7b_pro": ("v5e-8", "v5p-8", "v6e-8", "h100-8", "h200-8"),
+    "llama3_8b_pro": ("v5e-8", "v5p-8", "v6e-8", "h100-8", "h200-8"),
+    "llama2_7b_pro_instruct": ("v5p-32", "v6e-16", "h100-8", "h200-8"),
+    "llama2_13b_pro_instruct": ("v5p-64", "h100-16", "h200-8"),
+    "llama2_70b_pro_instruct": ("v5p-256", "h100-64", "h200-64"),
+    "mistral_7b_pro_instruct": ("v5p-32", "h100-8", "h200-8"),
+    "llama3_8b_pro_instruct": ("v5p-32", "h100-8", "h200-8"),
 }
 
 HEAD = """\
@@ -102,13 +99,18 @@ def main() -> None:
         print(key, flush=True)
         results[key] = plan(recipe, machine, arguments.gpu_python)
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    TARGET.write_text(HEAD + "".join(section(recipe, results) for recipe in LINES))
+    TARGET.write_text(render(results))
     print(f"wrote {TARGET}")
+
+
+def render(results: dict[str, Any]) -> str:
+    """The document, from the results by "recipe machine"."""
+    return HEAD + "".join(section(recipe, results) for recipe in LINES)
 
 
 def plan(recipe: str, machine: str, gpu_python: str) -> dict[str, Any]:
     """The JSON of `llamapro plan`; {"error": ...} when it refuses."""
-    python = gpu_python if machine[0] in "ah" else sys.executable
+    python = gpu_python if parse_machine(machine).chip.platform == "gpu" else sys.executable
     config = f"configs/{recipe}.yaml"
     command = [python, "-m", "llamapro_jax.cli", "plan", config, f"topology={machine}", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
