@@ -3,9 +3,10 @@
     python docs/generate_capacity.py                  all that docs/capacity.json lacks
     python docs/generate_capacity.py --again v5e-4    those of a machine, or a recipe, once more
 
-Each line is one or two compiles of the real step, a minute or two each, in a process of its own. TPU lines
-need llamapro_jax[tpu], GPU lines llamapro_jax[cuda12]; when the two are in different environments
-`--gpu-python` names the interpreter of the second. Results are kept in docs/capacity.json.
+Each line is one or two compiles of the real step, a minute or two each, in a process of its own.
+TPU lines need llamapro_jax[tpu], GPU lines llamapro_jax[cuda12]; when the two are in different
+environments `--gpu-python` names the interpreter of the second. Results are kept in
+docs/capacity.json.
 """
 
 from __future__ import annotations
