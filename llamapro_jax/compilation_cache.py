@@ -4,6 +4,10 @@ A directory holds programs for one kind of host processor. XLA's CPU compiler wr
 processor it runs on, jax's key of a program does not say which, and hosts that differ often share a
 home directory: a program for another one can end in an illegal instruction.
 A program that cannot be read, or was cut short, is compiled anew with a warning.
+
+Of several processes jax lets the first write. Where the others do not see what it wrote they would
+compile a program that the first one has, and on GPUs wait for it forever, since processes share the
+work of choosing kernels; so such a directory is not used.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ import importlib.util
 import os
 import platform
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.launch.processes import is_first
+from llamapro_jax.launch.processes import count, everywhere, from_first, is_first
 
 AUTO = "auto"
 _PLACE = Path("llamapro_jax", "xla")
@@ -81,7 +86,7 @@ def directory(setting: str | None, environ: Mapping[str, str] = os.environ) -> s
 
 def _usable(place: str) -> str:
     if "://" in place:
-        if not place.startswith(_REMOTE):
+        if not _is_remote(place):
             raise UserError(
                 f"compilation_cache: {place}: must be a directory or begin with {_REMOTE}."
             )
@@ -105,6 +110,40 @@ def _usable(place: str) -> str:
     return str(path)
 
 
+def _seen_by_all(place: str | None) -> str | None:
+    """The directory, or None where the processes of a run do not share it."""
+    if count() == 1:
+        return place
+    if not everywhere(place is not None):
+        return None
+    mark = from_first(lambda: _mark(place))
+    seen = mark == place if _is_remote(place) else os.path.exists(mark)
+    shared = everywhere(seen and mark.startswith(place))
+    if is_first():
+        if not _is_remote(place):
+            os.unlink(mark)
+        if not shared:
+            print(
+                f"warning: compilation_cache: {place} is not one directory for all processes, so "
+                "programs are not kept. Name one that is, such as gs://BUCKET/PATH.",
+                file=sys.stderr,
+            )
+    return place if shared else None
+
+
+def _mark(place: str) -> str:
+    """Something that whoever has the same directory sees."""
+    if _is_remote(place):
+        return place
+    mark = Path(place, f".{uuid.uuid4().hex}")
+    mark.touch()
+    return str(mark)
+
+
+def _is_remote(place: str) -> bool:
+    return place.startswith(_REMOTE)
+
+
 def _of_this_processor(place: str) -> str:
     # What jax has may be what this module gave it.
     return place if place.endswith(f"/{processor()}") else f"{place}/{processor()}"
@@ -112,7 +151,7 @@ def _of_this_processor(place: str) -> str:
 
 def _settings(place: str | None) -> dict[str, Any]:
     """jax's settings: value by name."""
-    remote = place is not None and place.startswith(_REMOTE)
+    remote = place is not None and _is_remote(place)
     settings: dict[str, Any] = {
         "jax_compilation_cache_dir": place,
         # Everything: else the many small programs of a start are compiled each time. Not so over
@@ -130,6 +169,7 @@ def _settings(place: str | None) -> dict[str, Any]:
 def enabled(setting: str | None) -> Iterator[str | None]:
     """While entered, compiled programs are kept in the directory of a setting, and taken from it.
 
+    All processes of a run enter it, and get the same.
     `auto` is first of all what jax has, as by JAX_COMPILATION_CACHE_DIR. Yields the directory; None
     for no cache. Raises UserError as `directory` does.
     """
@@ -138,7 +178,7 @@ def enabled(setting: str | None) -> Iterator[str | None]:
 
     if setting == AUTO:
         setting = jax.config.jax_compilation_cache_dir or AUTO
-    settings = _settings(directory(setting))
+    settings = _settings(_seen_by_all(directory(setting)))
     before = {name: getattr(jax.config, name) for name in settings}
     try:
         for name, value in settings.items():

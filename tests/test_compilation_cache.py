@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,8 @@ from runs import overrides, settings, write_model, write_texts
 from llamapro_jax import compilation_cache
 from llamapro_jax.compilation_cache import AUTO, default_directory, directory, enabled, processor
 from llamapro_jax.errors import UserError
+from llamapro_jax.launch.local import environment
+from llamapro_jax.launch.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,3 +208,43 @@ def test_small_programs_are_not_fetched_over_the_network() -> None:
     assert local["jax_persistent_cache_min_compile_time_secs"] == 0
     assert remote["jax_persistent_cache_min_compile_time_secs"] > 0
     assert remote["jax_persistent_cache_enable_xla_caches"] == ""
+
+
+# ------------------------------------------------------------------- several processes
+
+
+JOIN = """
+from llamapro_jax.compilation_cache import AUTO, enabled
+from llamapro_jax.launch.processes import joined
+
+with joined(), enabled(AUTO) as place:
+    print("place", place)
+"""
+
+
+def places(caches: list[Path]) -> tuple[list[str], str]:
+    """The directories of processes with these XDG_CACHE_HOMEs, and what the first one warns of."""
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(i, len(caches), 1, port) | {"XDG_CACHE_HOME": str(cache)},
+        )
+        for i, cache in enumerate(caches)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * len(caches), ended
+    lines = [re.search(r"^place (.*)$", out, re.MULTILINE) for out, _ in ended]
+    return [line[1] for line in lines if line], ended[0][1]
+
+
+@pytest.mark.slow
+def test_processes_use_a_directory_that_all_see_and_no_other(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    found, _ = places([one, one])
+    assert found == [str(one / "llamapro_jax" / "xla" / processor())] * 2
+    assert [file for file in one.rglob("*") if file.is_file()] == []
+    found, warned = places([one, tmp_path / "another"])
+    assert found == ["None", "None"]
+    assert "is not one directory for all processes" in warned

@@ -391,6 +391,19 @@ def from_first(action: Callable[[], Any]) -> Any:
             return json.loads(_get(key, 1))
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on all processes. All call this in the same order as `from_first`."""
+    if count() == 1:
+        return holds
+    key = f"llamapro/{next(_names)}"
+    _state().client.key_value_set(f"{key}/{_state().process_id}", json.dumps(holds))
+
+    def gathered() -> bool:
+        return all([json.loads(_get(f"{key}/{i}", START_TIMEOUT)) for i in range(count())])
+
+    return from_first(gathered)
+
+
 def settled(results: Any) -> Any:
     """`results`, computed to their end where two programs must not be under way at a time.
 
