@@ -211,10 +211,11 @@ def collectives(program: Program) -> Iterator[Collective]:
             for name in instruction.operands
             if name in computation.instructions
         )
-        # The result of a `-start` may hold the operand too.
-        results = instruction.results
-        result = results[-1] if instruction.operation.endswith("-start") else None
-        got = result.bytes if result else instruction.bytes
+        # The result of a `-start` holds the operands before the results.
+        results, operands = instruction.results, len(instruction.operands)
+        if instruction.operation.endswith("-start") and len(results) >= 2 * operands:
+            results = results[operands : 2 * operands]
+        got = sum(result.bytes for result in results)
         devices = _group_size(instruction.attributes)
         if kind == "all-reduce" and _only_a_part_is_kept(program, computation):
             kind = "reduce-scatter"

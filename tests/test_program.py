@@ -124,6 +124,8 @@ def test_kernels_by_name() -> None:
          "all-gather", 64, 2, 32),
         ("(f32[2,2], f32[8,2]) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}",
          "all-gather", 64, 4, 48),
+        ("((f32[2,2], f32[2,2]), (f32[8,2], f32[4,2])) all-gather-start(%p, %p), "
+         "replica_groups=[2,4]<=[8], dimensions={0}", "all-gather", 96, 4, 72),
         ("f32[2,2] all-reduce(%p), "
          "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", "all-reduce", 16, 8, 28),
         ("((f32[2,2]), f32[1,2]) reduce-scatter-start(%p), "
