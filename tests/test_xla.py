@@ -55,16 +55,18 @@ def test_jaxlib_knows_every_gpu_flag_and_refuses_others() -> None:
 
 COMPILE = """
 import json, sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 from llamapro_jax.machines import parse_machine
 from llamapro_jax.topology import devices_of, prepare_environment
 
-results = {}
-for name, flags in json.loads(sys.argv[1]).items():
-    machine = parse_machine(name)
+flags_of = {parse_machine(name): flags for name, flags in json.loads(sys.argv[1]).items()}
+for machine in flags_of:
     prepare_environment(machine)
+
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+results = {}
+for machine, flags in flags_of.items():
     mesh = jax.sharding.Mesh(devices_of(machine), ("x",))
     rows = NamedSharding(mesh, PartitionSpec("x"))
     argument = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=rows)
@@ -73,7 +75,7 @@ for name, flags in json.loads(sys.argv[1]).items():
         try:
             lowered.compile(compiler_options={flag: value})
         except jax.errors.JaxRuntimeError as error:
-            results[f"{name} {flag}"] = str(error)
+            results[f"{machine.name} {flag}"] = str(error)
 print(json.dumps(results))
 """
 NO_SUCH = {"xla_no_such_flag": True}

@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llamapro_jax.compilation_cache import AUTO, enabled
+
 HELP = "perplexity on texts, and how far the model moved from its base"
 EXAMPLE = """\
 llamapro evaluate runs/llama2_7b_pro --text prose=data/prose.txt code=data/code.jsonl
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-bin", action="store_true", help="read .bin weights, which needs PyTorch")
 
 
+@enabled(AUTO)
 def run(args: argparse.Namespace) -> None:
     texts = parse_texts(args.text)
     if args.json:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from llamapro_jax.compilation_cache import AUTO, enabled
+
 HELP = "continue a text"
 EXAMPLE = """\
 llamapro generate runs/llama2_7b_pro "def fibonacci(n):"
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-bin", action="store_true", help="read .bin weights, which needs PyTorch")
 
 
+@enabled(AUTO)
 def run(args: argparse.Namespace) -> None:
     from llamapro_jax.generate import check_length, prompt_ids
     from llamapro_jax.model.api import open_model
