@@ -286,11 +286,14 @@ def _described(error: BaseException) -> str:
 
 
 def _end(watch: _Watch, error: BaseException) -> None:
-    """Tells the others of an exception. Raises SystemExit where process 0 has the word."""
+    """Tells the others of an exception. Raises SystemExit where it is shown already."""
     watch.over.set()
     first = is_first()
     expected = not isinstance(error, Exception) or isinstance(error, UserError | OSError)
-    if not first and expected:
+    if not expected:
+        # Now: when another process died, jaxlib aborts this one as it leaves.
+        traceback.print_exception(error)
+    elif not first:
         # The same error on all processes is reported by the first.
         with suppress(TimeoutError):
             _get(_FAILED, _COURTESY)
@@ -304,7 +307,7 @@ def _end(watch: _Watch, error: BaseException) -> None:
         _state().client.key_value_set(_FAILED, json.dumps(told))
     _leave()
     watch.join()
-    if not first and expected:
+    if not (first and expected):
         raise SystemExit(_status(error)) from None
 
 
