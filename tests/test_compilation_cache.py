@@ -143,8 +143,8 @@ def test_what_jax_has_comes_before_the_default(
 
 def test_the_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_directory({"XDG_CACHE_HOME": "/x"}) == "/x/llamapro_jax/xla"
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert default_directory({}) == "/home/someone/.cache/llamapro_jax/xla"
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert default_directory({}) == "/somewhere/.cache/llamapro_jax/xla"
 
 
 def test_the_directory_is_its_owners_alone(tmp_path: Path) -> None:
