@@ -209,6 +209,11 @@ _GPU = (
     ),
 )
 
+# What jax takes of a GPU's memory, in an environment variable of its own. By default it is three
+# quarters; the rest is for CUDA, NCCL and cuDNN, and `machines.py` counts on as much.
+_GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "0.95")
+_GPU_MEMORY_NAMES = (_GPU_MEMORY[0], "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
 _TABLE: dict[str, tuple[Flag, ...]] = {
     # It has 16 MiB of VMEM a core: the default is all there is.
     "v4": (*_FUSED_GATHERS, *_OVER_DCN),
@@ -364,10 +369,21 @@ def _variable(generation: str, name: str) -> Variable:
     return "XLA_FLAGS"
 
 
-def _given(text: str) -> dict[str, str]:
-    """Flags in an environment variable: name -> value. A flag without a value is `true`."""
-    parts = (word.lstrip("-").partition("=") for word in text.split() if word.startswith("-"))
-    return {name: value if equals else "true" for name, equals, value in parts}
+def _given(variable: str, text: str) -> dict[str, str]:
+    """Flags in an environment variable: name -> value, `true` or `false` where none is given."""
+    text = text.strip()
+    if text and not text.startswith("-"):
+        raise UserError(
+            f"xla: {variable}={text} names a file, to whose flags none can be added. Put the flags "
+            f"themselves into {variable}, or take `xla.defaults=false` and no xla.flags."
+        )
+    flags = {}
+    for word in text.split():
+        name, equals, value = word.lstrip("-").partition("=")
+        if name.startswith("noxla_"):
+            name, value = name.removeprefix("no"), "false"
+        flags[name] = value if equals or value else "true"
+    return flags
 
 
 def apply(
@@ -382,24 +398,28 @@ def apply(
     """
     environ = os.environ if environ is None else environ
     generation = detect_generation(environ) if generation is None else generation
-    lines, added = [], []
+    lines, changed = [], {}
     for flag in chosen(config, generation):
         variable = _variable(generation, flag.name)
-        given = _given(environ.get(variable, ""))
+        text = changed.get(variable, environ.get(variable, ""))
+        given = _given(variable, text)
         if flag.name in given:
             lines.append(f"{flag.name} = {given[flag.name]}: {variable} has it")
         else:
-            added.append((variable, flag))
+            changed[variable] = f"{text} --{flag.name}={_text(flag.value)}".strip()
             lines.append(f"{flag}: {flag.reason}")
-    if added and "jax" in sys.modules:
+    if config.defaults and generation in GPU_GENERATIONS:
+        name, share = _GPU_MEMORY
+        if not any(environ.get(known) for known in _GPU_MEMORY_NAMES):
+            changed[name] = share
+            lines.append(f"{name} = {share}: the share of the memory that jax takes; else 0.75")
+    if changed and "jax" in sys.modules:
         raise UserError(
             f"xla: the flags for {generation} must be set before jax is imported, and it is. Run "
             "`llamapro train` as a command of its own, or take `xla.defaults=false` and no "
             "xla.flags."
         )
-    for variable, flag in added:
-        given_text = environ.get(variable, "")
-        environ[variable] = f"{given_text} --{flag.name}={_text(flag.value)}".strip()
+    environ.update(changed)
     return tuple(f"xla ({generation}): {line}" for line in lines)
 
 

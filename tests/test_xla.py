@@ -172,7 +172,7 @@ def test_flags_are_added_where_the_compiler_of_the_chip_reads_them() -> None:
     gpu, tpu = {"XLA_FLAGS": "--xla_mine=1"}, {}
     lines = xla.apply(XlaConfig(), gpu, "h100")
     assert gpu["XLA_FLAGS"].startswith(f"--xla_mine=1 --{SCHEDULER}=true ")
-    assert len(lines) == len(xla.flags_for("h100"))
+    assert len(lines) == len(xla.flags_for("h100")) + 1
     assert lines[0].startswith(f"xla (h100): {SCHEDULER} = true: starts collectives early")
     xla.apply(XlaConfig(flags={"xla_dump_to": "/tmp/x"}), tpu, "v6e")
     assert "--xla_tpu_scoped_vmem_limit_kib=98304 " in tpu["LIBTPU_INIT_ARGS"]
@@ -190,6 +190,42 @@ def test_what_the_environment_has_stays() -> None:
     before = dict(environment)
     xla.apply(XlaConfig(flags={SCHEDULER: "true"}), environment, "a100")
     assert environment == before
+
+
+@pytest.mark.usefixtures("without_jax")
+@pytest.mark.parametrize(("given", "value"), [("--noxla_a", "false"), ("--xla_a", "true"),
+                                              ("-xla_a=2", "2"), ("--xla_a=", "")])  # fmt: skip
+def test_all_forms_of_a_given_flag_count(given: str, value: str) -> None:
+    environment = {"XLA_FLAGS": given}
+    config = XlaConfig(defaults=False, flags={"xla_a": "1"})
+    assert xla.apply(config, environment, "cpu") == (
+        f"xla (cpu): xla_a = {value}: XLA_FLAGS has it",
+    )
+    assert environment == {"XLA_FLAGS": given}
+
+
+@pytest.mark.usefixtures("without_jax")
+def test_flags_in_a_file_cannot_be_added_to() -> None:
+    environment = {"XLA_FLAGS": "/etc/flags"}
+    with pytest.raises(UserError, match="XLA_FLAGS=/etc/flags names a file"):
+        xla.apply(XlaConfig(), environment, "h100")
+    assert xla.apply(XlaConfig(), environment, "cpu") == ()
+
+
+@pytest.mark.usefixtures("without_jax")
+def test_jax_takes_as_much_of_a_gpu_as_a_plan_counts_on() -> None:
+    share = "XLA_CLIENT_MEM_FRACTION"
+    environment: dict[str, str] = {}
+    assert any(f"{share} = 0.95" in line for line in xla.apply(XlaConfig(), environment, "h100"))
+    assert float(environment[share]) == machines._OF_A_GPU
+    for name in (share, "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        environment = {name: "0.5"}
+        xla.apply(XlaConfig(), environment, "h100")
+        assert environment[name] == "0.5" and sum("FRACTION" in key for key in environment) == 1
+    for generation, config in (("v6e", XlaConfig()), ("h100", XlaConfig(defaults=False))):
+        environment = {}
+        xla.apply(config, environment, generation)
+        assert share not in environment
 
 
 def test_it_is_an_error_to_come_after_jax() -> None:
