@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def cases(tiny: bool) -> list[Case]:
-    length, heads, dim = (64, 4, 16) if tiny else (2048, 32, 128)
+    length, heads, dim = (320, 4, 16) if tiny else (2048, 32, 128)
     one = Case("one document", 2, length, heads, heads, dim)
     grouped = replace(one, name="grouped heads", kv_heads=heads // 4)
     mixed = replace(grouped, name="packed, grouped, odd", length=length - 29, documents=3)
@@ -75,7 +75,7 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def timed_cases(task: Task) -> list[Case]:
-    length, heads, dim = (64, 4, 16) if task.tiny else (task.length, 32, 128)
+    length, heads, dim = (320, 4, 16) if task.tiny else (task.length, 32, 128)
     one = Case("one document", task.rows, length, heads, heads, dim)
     return [one, replace(one, name="4 documents", documents=4)]
 

@@ -187,7 +187,8 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self._masters, OPTIMIZER.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        torch._foreach_copy_(self._weights, self._masters)
+        with torch.no_grad():
+            torch._foreach_copy_(self._weights, self._masters)
         return total
 
 
