@@ -187,7 +187,9 @@ def assess(
     compiled = fitted.compiled or target.compile(fitted.run)
     spent = time.monotonic() - began
     peak = peak_bytes(compiled)
-    return _assessment(target, fitted.run, compiled, peak, spent)
+    # A CPU's memory is no limit to `auto`, and may be too little all the same.
+    advice = _advice(target) if peak > target.hbm else ()
+    return _assessment(target, fitted.run, compiled, peak, spent, advice)
 
 
 class Target:
@@ -214,6 +216,11 @@ class Target:
     def memory(self) -> int | None:
         """Bytes that a device has for the step; None: as much as it takes."""
         return self.machine.chip.hbm_bytes or None
+
+    @property
+    def hbm(self) -> int:
+        """Bytes that a device has; of a CPU, its share of this machine's memory."""
+        return self.memory or _host_memory() // self.machine.devices
 
     def arguments(self, run: RunConfig) -> Arguments:
         with jax.set_mesh(self.mesh):
@@ -253,7 +260,6 @@ def _assessment(
     flops = step_flops(config, plan, run.trainable, run.data.sequence_length)
     rows = check_rows(run, target.shape)
     parts = rows // run.training.microbatch
-    hbm = target.memory or _host_memory() // machine.devices
     summary = attention = seconds = None
     if compiled is not None:
         summary = summarize(compiled.as_text())
@@ -271,8 +277,8 @@ def _assessment(
         new_bytes=_device_bytes(state.trainable),
         optimizer_bytes=_device_bytes(state.opt_state),
         peak_bytes=int(peak),
-        hbm_bytes=hbm,
-        fits=compiled is not None and peak <= hbm,
+        hbm_bytes=target.hbm,
+        fits=compiled is not None and peak <= target.hbm,
         tokens_per_step=tokens,
         useful_flops_per_token=flops.total,
         summary=summary,
@@ -375,7 +381,8 @@ def _advice(target: Target) -> tuple[str, ...]:
     run, machine, report = target.run, target.machine, target.report
     found = []
     free = replace(run, training=replace(run.training, remat="auto", microbatch="auto"))
-    if free != run:
+    # Of a machine with a limit `auto` has found already that nothing fits.
+    if free != run or target.memory is None:
         if (settings := _leanest_fits(target, free, machine)) is not None:
             found.append(settings)
     base_is_frozen = run.trainable != ("all",) and run.frozen_dtype == "compute"
@@ -401,8 +408,11 @@ def _leanest_fits(target: Target, run: RunConfig, machine: Machine) -> str | Non
         fitted = other.fit()
     except UserError:  # Neither does the batch divide over every machine.
         return None
+    peak = peak_bytes(fitted.compiled or other.compile(fitted.run))
+    if peak > other.hbm:
+        return None
     training = fitted.run.training
-    peak = peak_bytes(fitted.compiled) / GIB
     return (
-        f"training.remat={training.remat} training.microbatch={training.microbatch}: {peak:.1f} GiB"
+        f"training.remat={training.remat} training.microbatch={training.microbatch}: "
+        f"{peak / GIB:.1f} GiB"
     )
