@@ -94,8 +94,6 @@ class Runner:
         self._args, self._directory, self._end = args, directory, end
         self.failed = False
         defaults = {
-            # All of the card but what CUDA, cuBLAS and cuDNN keep for themselves.
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
             # What a round needs again was compiled when the settings were tried.
             "JAX_COMPILATION_CACHE_DIR": str(directory / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
