@@ -75,7 +75,7 @@ are multiplied, n the microbatches, and t the parameters that train there:
 products     = (dots and convolutions x their loops' trips + attention kernels) / peak
 memory       = (n x P x b x (1 + the part of the blocks that the backward pass reaches)
                 + 28 x t) / bandwidth
-collectives  = bytes / links of the device  (+ 8 x t x (slices - 1) / slices / network, over slices)
+collectives  = bytes / links of the device (+ bytes to other slices / network)
 bound        = the largest of the three
 ```
 

@@ -27,7 +27,7 @@ from llamapro_jax.machines import GIB, Machine, parse_machine
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.model.weights import total_parameters
-from llamapro_jax.program import Summary, summarize
+from llamapro_jax.program import SEND_TO_SLICES, Summary, summarize
 from llamapro_jax.sharding import build_mesh, check_model, mesh_shape
 from llamapro_jax.topology import devices_of
 from llamapro_jax.training.abstract import Arguments, abstract_arguments
@@ -55,8 +55,8 @@ class Seconds:
     memory: bytes that must pass between memory and the chip, at its bandwidth: all weights that
     are multiplied, once a microbatch forward and once backward as far as that reaches, and what
     trains with its gradient and two moments, read and written once.
-    collectives: bytes of the compiled collectives over the device's links, and over the network
-    between slices the gradients' sum.
+    collectives: bytes of the compiled collectives over the device's links, and over its share of
+    the network what the program sends to other slices.
     """
 
     compute: float
@@ -344,10 +344,8 @@ def _seconds(
     # Weight, gradient and two moments in float32; three of them are written again.
     memory = parts * used * (1 + reached) + 7 * 4 * trained
 
-    between = 0.0
-    if machine.slices > 1:
-        between = 2 * 4 * trained * (machine.slices - 1) / machine.slices
-    within = max(0.0, summary.collective_bytes - between)
+    between = sum(c.moved * c.times for c in summary.collectives if c.kind == SEND_TO_SLICES)
+    within = summary.collective_bytes - between
 
     def over(size: float, bandwidth: float) -> float:
         return size / bandwidth if bandwidth else 0.0

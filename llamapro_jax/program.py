@@ -23,6 +23,9 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 
 # Custom calls that are kernels of ours or of a library, by a part of their target.
 _KERNELS = ("tpu_custom_call", "triton", "mosaic", "fmha")
+# The runtime of several TPU slices exchanges through the hosts what a program sends to it.
+_BETWEEN_SLICES = "xla_megascale_runtime"
+SEND_TO_SLICES = "send-to-slices"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -44,7 +47,7 @@ class Collective:
     @property
     def moved(self) -> float:
         """Bytes that each device must send, and receive, for it once, whatever the algorithm."""
-        if self.kind == "collective-permute":
+        if self.kind in ("collective-permute", SEND_TO_SLICES):
             return self.payload
         share = self.payload * (self.devices - 1) / self.devices
         return 2 * share if self.kind == "all-reduce" else share
@@ -202,6 +205,10 @@ def collectives(program: Program) -> Iterator[Collective]:
     for instruction, computation in program.instructions():
         kind = instruction.operation.removesuffix("-start")
         times = program.times[computation.name]
+        if kind == "send" and _BETWEEN_SLICES in instruction.attributes and times:
+            sent = computation.instructions[instruction.operands[0]]
+            dtype = sent.results[0].dtype
+            yield Collective(SEND_TO_SLICES, sent.bytes, 1, times, instruction.op_name, dtype)
         if kind not in COLLECTIVES or not times:
             continue
         if begun.get(_channel(instruction), computation.name) != computation.name:

@@ -131,6 +131,8 @@ def test_kernels_by_name() -> None:
         ("((f32[2,2]), f32[1,2]) reduce-scatter-start(%p), "
          "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", "reduce-scatter", 16, 2, 8),
         ("f32[2,2] all-reduce(%p), replica_groups=mesh['a'=8] {'a':(2)4}", "all-reduce", 16, 4, 24),
+        ("(f32[2,2], u32[], token[]) send(%p), frontend_attributes={"
+         '_xla_host_transfer_handler_name="xla_megascale_runtime"}', "send-to-slices", 16, 1, 16),
         ("f32[2,2] collective-permute(%p), source_target_pairs={{0,1},{1,0}}",
          "collective-permute", 16, 1, 16),
     ],
