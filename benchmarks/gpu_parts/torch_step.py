@@ -92,12 +92,13 @@ class Step:
                     tie_word_embeddings=False,
                     use_cache=False,
                     attn_implementation="sdpa",
-                    dtype=torch.bfloat16,
                 )
-            ).to(torch.bfloat16)
+            )
         self._layers = self._model.model.layers
         self._first = plan.new_depths[0]
         for parameter in self._model.parameters():
+            # Not the buffers: the frequencies of RoPE stay in float32.
+            parameter.data = parameter.data.to(torch.bfloat16)
             parameter.requires_grad = False
         for depth in plan.new_depths:
             for parameter in self._layers[depth].parameters():
