@@ -563,8 +563,9 @@ def test_ci_runs_all_on_the_first_python_and_the_quick_ones_on_a_newer(
 ) -> None:
     result = machine.run(ci, PYENV_ROOT=str(machine.directory))
     assert result.returncode == 0, result.stderr
-    first, newer = pytest_calls(machine)
-    assert "slow" not in first
+    first, compiled, newer = pytest_calls(machine)
+    assert "slow" not in first and first.endswith("--ignore tests/compiled")
+    assert compiled == "python -m pytest tests/compiled"
     assert newer.endswith("-m not slow")
     assert result.stdout.splitlines()[-1] == "==== 3 passed in 3.00s ===="
     environments = [line.split()[-1] for line in machine.record() if " -m venv " in line]
@@ -575,8 +576,10 @@ def test_ci_with_one_python_runs_all_on_it(machine: Machine, ci: Path) -> None:
     machine.put("python3.13", OLD_PYTHON)
     result = machine.run(ci, PYENV_ROOT=str(machine.directory))
     assert result.returncode == 0, result.stderr
-    [only] = pytest_calls(machine)
+    only, compiled = pytest_calls(machine)
     assert "slow" not in only
+    assert compiled == "python -m pytest tests/compiled"
+    assert any("[test,tpu]" in install for install in machine.installs())
 
 
 def test_ci_with_only_a_newer_python_runs_all_on_it(machine: Machine, ci: Path) -> None:
@@ -584,8 +587,10 @@ def test_ci_with_only_a_newer_python_runs_all_on_it(machine: Machine, ci: Path) 
         machine.put(name, OLD_PYTHON)
     result = machine.run(ci, PYENV_ROOT=str(machine.directory))
     assert result.returncode == 0, result.stderr
-    [only] = pytest_calls(machine)
+    only, compiled = pytest_calls(machine)
     assert "slow" not in only
+    assert compiled == "python -m pytest tests/compiled"
+    assert any("[test,tpu]" in install for install in machine.installs())
 
 
 def test_ci_fails_with_the_summary_as_its_last_words(machine: Machine, ci: Path) -> None:
