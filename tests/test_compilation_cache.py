@@ -52,7 +52,7 @@ def train(cache: Path, stop: int, arguments: list[str]) -> dict[str, int]:
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     ended = subprocess.run(
         [sys.executable, "-c", TRAIN, str(stop), *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
@@ -233,7 +233,11 @@ def places(caches: list[Path]) -> tuple[list[str], str]:
         )
         for i, cache in enumerate(caches)
     ]  # fmt: skip
-    ended = [process.communicate(timeout=120) for process in started]
+    try:
+        ended = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0] * len(caches), ended
     lines = [re.search(r"^place (.*)$", out, re.MULTILINE) for out, _ in ended]
     return [line[1] for line in lines if line], ended[0][1]
