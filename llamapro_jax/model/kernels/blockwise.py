@@ -61,17 +61,21 @@ def attention(
     block: queries and keys of a block, other than what suits the length.
     """
     T, H = q_BTHC.shape[1:3]
+    dtype = q_BTHC.dtype
     block = block or block_for(T // part.spans, H // k_BSKC.shape[2])
+    operands = (q_BTHC, k_BSKC, v_BSKC)
+    if k_BSKC.shape[1] <= block:
+        # XLA's CPU backend runs no product of bfloat16 summed in float32 outside of a loop, and a
+        # single block is in none. Such a row is short: float32 costs it little.
+        operands = tuple(x.astype(jnp.float32) for x in operands)
     inputs = prepare(
-        q_BTHC,
-        k_BSKC,
-        v_BSKC,
+        *operands,
         segment_ids_BT=segment_ids_BT,
         sliding_window=sliding_window,
         part=part,
         multiple=block,
     )
-    return cut_spans(_attention(inputs, block), part.spans, T)
+    return cut_spans(_attention(inputs, block), part.spans, T).astype(dtype)
 
 
 def block_for(length: int, group: int) -> int:
