@@ -93,11 +93,11 @@ def targets_and_weights(batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     tokens_BT, segment_ids_BT = batch["tokens"], batch.get("segment_ids")
     xp = tokens_BT.__array_namespace__()
-    last_B1 = xp.zeros_like(tokens_BT[:, :1])
-    targets_BT = xp.concatenate([tokens_BT[:, 1:], last_B1], axis=1)
+    last = ((0, 0), (0, 1))  # padding, for the last position predicts nothing
+    targets_BT = xp.pad(tokens_BT[:, 1:], last)
     counts = batch["loss_mask"][:, 1:] != 0
     if segment_ids_BT is not None:
         counts = counts & (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1])
         counts = counts & (segment_ids_BT[:, 1:] != 0)
-    weights_BT = xp.concatenate([counts.astype(xp.float32), last_B1.astype(xp.float32)], axis=1)
+    weights_BT = xp.pad(counts.astype(xp.float32), last)
     return targets_BT, weights_BT
