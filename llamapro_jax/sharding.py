@@ -54,15 +54,19 @@ class Layout:
     C: MeshAxes = ()
     gathered: MeshAxes = ("fsdp",)
 
-    def spec(self, dims: str, leading: int = 0, without: MeshAxes = ()) -> PartitionSpec:
+    def spec(
+        self, dims: str, leading: int = 0, without: MeshAxes = (), whole: str = ""
+    ) -> PartitionSpec:
         """The partition of an array with these dimensions, after `leading` unsharded ones.
 
-        Raises ValueError when two dimensions would go over the same mesh axis.
+        without: mesh axes that are not used. whole: dimensions that lie over none. Raises
+        ValueError when two dimensions would go over the same mesh axis.
         """
         entries: list[MeshAxes | str | None] = [None] * leading
         taken: dict[str, str] = {}
         for dim in dims:
-            axes = tuple(axis for axis in getattr(self, dim) if axis not in without)
+            over = () if dim in whole else getattr(self, dim)
+            axes = tuple(axis for axis in over if axis not in without)
             for axis in axes:
                 if axis in taken:
                     raise ValueError(
@@ -84,15 +88,7 @@ class Layout:
 
     def activation(self, dims: str) -> PartitionSpec:
         """The partition of activations: D is whole, the batch lies over what stores the weights."""
-        free = {axis for dim in "BT" if dim in dims for axis in getattr(self, dim)}
-        return PartitionSpec(
-            *(
-                self.spec(dim)[0]
-                if dim in "BT" or not free & set(getattr(self, dim))
-                else None
-                for dim in dims
-            )
-        )
+        return self.spec(dims, whole="D")
 
 
 LAYOUT = Layout()
