@@ -165,7 +165,7 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     check_spec(config.trainable, source.config, source.plan)
     check_length(config, source.config)
     _check_mesh(config, source, mesh)
-    _check_attention(config, source)
+    _check_attention(config, source, mesh)
     _check_texts(config)
     tokenizer = _tokenizer(source.directory)
     if not is_run(directory):
@@ -244,7 +244,7 @@ def _check_mesh(config: RunConfig, source: Source, mesh: Mesh) -> None:
     check_rows(config, mesh.shape)
 
 
-def _check_attention(config: RunConfig, source: Source) -> None:
+def _check_attention(config: RunConfig, source: Source, mesh: Mesh) -> None:
     """Raises UserError when training.attention names what cannot run here, before any reading."""
     model = source.config
     problem = Problem(
@@ -256,6 +256,7 @@ def _check_attention(config: RunConfig, source: Source) -> None:
         head_dim=model.head_dim,
         packed=True,
         sliding_window=model.sliding_window,
+        context=mesh.shape["context"],
     )
     choose(config.training.attention, problem)
 
