@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -14,10 +13,6 @@ from llamapro_jax.topology import prepare_environment
 
 HERE = Path(__file__).parent
 
-# What the partitioner warns of is read from standard error, see `programs.said`.
-os.environ.update(
-    {"TF_CPP_MIN_LOG_LEVEL": "1", "TPU_MIN_LOG_LEVEL": "1", "TPU_STDERR_LOG_LEVEL": "1"}
-)
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
 HAS_GPU = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
 if "jax" not in sys.modules:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +28,7 @@ from llamapro_jax.training.fit import needed_by, peak_bytes
 
 @dataclass(frozen=True)
 class Compiled:
-    """said: what the compiler wrote to standard error."""
+    """A step, and what the compiler made of it."""
 
     config: ModelConfig
     plan: ExpansionPlan
@@ -40,7 +36,6 @@ class Compiled:
     devices: int
     peak_gib: float
     text: str
-    said: str
 
     @property
     def summary(self) -> Summary:
@@ -99,8 +94,7 @@ def step(
 def compiled(*arguments: Any, **settings: Any) -> Compiled:
     """The program of `step(...)`."""
     target, run = step(*arguments, **settings)
-    with said() as written:
-        program = target.compile(run)
+    program = target.compile(run)
     return Compiled(
         config=target.config,
         plan=target.plan,
@@ -108,7 +102,6 @@ def compiled(*arguments: Any, **settings: Any) -> Compiled:
         devices=target.machine.devices,
         peak_gib=peak_bytes(program) / GIB,
         text=program.as_text(),
-        said=written[0],
     )
 
 
@@ -122,19 +115,3 @@ def gib_refused(*arguments: Any, **settings: Any) -> float:
         assert needed is not None, error
         return needed / GIB
     return 0.0
-
-
-@contextmanager
-def said() -> Iterator[list[str]]:
-    """Gives a list that, afterwards, has what was written to standard error inside, by C++ too."""
-    written: list[str] = []
-    with tempfile.TemporaryFile() as file:
-        before = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield written
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            file.seek(0)
-            written.append(file.read().decode(errors="replace"))
