@@ -11,10 +11,14 @@ from checkpoints import write_tiny
 
 from llamapro_jax.config import RunConfig
 from llamapro_jax.expand import expand
+from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.hf.tokenizer import train_tokenizer
+from llamapro_jax.metrics import read_metrics
 from llamapro_jax.typed_yaml import load
 
 VOCABULARY = 300
+# What two runs of the same bits differ in.
+TIMES = ("tokens_per_second", "useful_flops_per_second", "seconds")
 
 
 def text(seed: int, lines: int = 200) -> str:
@@ -88,3 +92,27 @@ def digests(directory: Path) -> dict[str, str]:
         for file in sorted(directory.rglob("*"))
         if file.is_file()
     }
+
+
+def log_lines(run: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
+
+
+def saved_arrays(run: Path, step: int) -> dict[str, bytes]:
+    """Every array of a checkpoint, of what trains and of the optimizer."""
+    found = {}
+    for item in ("trainable", "optimizer"):
+        directory = run / "checkpoints" / str(step) / item
+        arrays = StackedArrays(directory)
+        for leaf in sorted(d.parent.name for d in directory.glob("*/.zarray")):
+            found[f"{item}/{leaf}"] = arrays.read(leaf).tobytes()
+    return found
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Both have the same bits in the checkpoint of `step`, and the same log."""
+    arrays = saved_arrays(one, step)
+    assert len(arrays) > 30
+    assert saved_arrays(other, step) == arrays
+    assert log_lines(one) == log_lines(other)

@@ -17,20 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import Devices, fixture
-from runs import overrides, settings, write_model, write_texts
+from runs import assert_same_run, log_lines, overrides, settings, write_model, write_texts
 from steps import PLANS, begin, expanded_params, model_config, random_batch, run_config
 
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import MeshConfig
-from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.launch import local
 from llamapro_jax.launch.processes import free_port
-from llamapro_jax.metrics import read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import open_source, read_part
 
 ROOT = Path(local.__file__).parents[2]
-TIMES = ("tokens_per_second", "useful_flops_per_second", "seconds")
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 CHANGES = {
     "data.batch_size": 8,
@@ -214,26 +211,6 @@ def in_two(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return command([*launcher, *arguments], dict(os.environ))
 
 
-def saved(run: Path, step: int) -> dict[str, bytes]:
-    found = {}
-    for item in ("trainable", "optimizer"):
-        directory = run / "checkpoints" / str(step) / item
-        arrays = StackedArrays(directory)
-        for leaf in sorted(d.parent.name for d in directory.glob("*/.zarray")):
-            found[f"{item}/{leaf}"] = arrays.read(leaf).tobytes()
-    return found
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert len(saved(one, 10)) > 30
-    assert saved(one, 10) == saved(other, 10)
-    assert log(one) == log(other)
-
-
 @pytest.fixture(scope="module")
 def in_one(work: Path) -> Path:
     """A run in one process of eight devices."""
@@ -248,7 +225,7 @@ def in_one(work: Path) -> Path:
 def test_two_processes_give_the_bits_of_one(work: Path, in_one: Path, tmp_path: Path) -> None:
     done = in_two(arguments(work, tmp_path / "two", **MESH))
     assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "two", in_one)
+    assert_same_run(tmp_path / "two", in_one, 10)
     # One log, and one process that speaks.
     assert done.stdout.count("compiled the step") == 1
     assert done.stdout.count("of 1,647,616 frozen bits changed") == 1
@@ -300,11 +277,11 @@ def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
     done = command(["llamapro_jax.cli", *arguments(work, run, **MESH)], environment(8))
     assert done.returncode == 0, done.stderr
     assert f"going on from step {step}" in done.stdout
-    assert_same_run(run, in_one)
+    assert_same_run(run, in_one, 10)
     # Another mesh, in two processes again: the same losses but for the order of sums.
     done = in_two(arguments(work, tmp_path / "elsewhere"))
     assert done.returncode == 0, done.stderr
-    pairs = zip(log(tmp_path / "elsewhere"), log(in_one), strict=True)
+    pairs = zip(log_lines(tmp_path / "elsewhere"), log_lines(in_one), strict=True)
     for found, expected in pairs:
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 

@@ -13,14 +13,23 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from runs import digests, overrides, run_config, settings, write_model, write_texts
+from runs import (
+    assert_same_run,
+    digests,
+    log_lines,
+    overrides,
+    run_config,
+    saved_arrays,
+    settings,
+    write_model,
+    write_texts,
+)
 
 from llamapro_jax import cli
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import save_config
 from llamapro_jax.errors import UserError
 from llamapro_jax.expand import expand
-from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
@@ -31,7 +40,6 @@ from llamapro_jax.training.stopping import Stopped
 
 # A run that compiles a step and no more.
 SHORT = {"training__steps": 2, "training__eval_every": None, "data__eval": []}
-TIMES = ("tokens_per_second", "useful_flops_per_second", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +68,6 @@ def config_of(work: Path, output: Path, **changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(work: Path) -> Path:
     return train(config_of(work, work / "undisturbed"))
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
-
-
-def saved_arrays(run: Path, step: int) -> dict[str, bytes]:
-    """Every array of a checkpoint, of what trains and of the optimizer."""
-    found = {}
-    for item in ("trainable", "optimizer"):
-        directory = run / "checkpoints" / str(step) / item
-        arrays = StackedArrays(directory)
-        for leaf in sorted(d.parent.name for d in directory.glob("*/.zarray")):
-            found[f"{item}/{leaf}"] = arrays.read(leaf).tobytes()
-    return found
-
-
-def assert_same_run(one: Path, other: Path, step: int = 8) -> None:
-    arrays = saved_arrays(one, step)
-    assert len(arrays) > 30
-    assert saved_arrays(other, step) == arrays
-    assert lines(one) == lines(other)
 
 
 def signal_at(
@@ -120,7 +105,7 @@ def test_a_run_leaves_its_model_as_it_was(work: Path, tmp_path: Path) -> None:
 
 
 def test_the_log_has_every_line_in_order(undisturbed: Path) -> None:
-    found = [(r["kind"], r["step"], r.get("name")) for r in lines(undisturbed)]
+    found = [(r["kind"], r["step"], r.get("name")) for r in log_lines(undisturbed)]
     evals = [[("eval", step, "old"), ("eval", step, "held")] for step in (0, 4, 8)]
     trains = [("train", step, None) for step in (2, 4, 6, 8)]
     assert found == [*evals[0], *trains[:2], *evals[1], *trains[2:], *evals[2]]
@@ -242,7 +227,7 @@ def test_a_tracker_that_fails_does_not_stop_training(
 
     monkeypatch.setattr("llamapro_jax.metrics._TensorBoard", broken)
     run = train(config_of(work, tmp_path / "run", tracking__tensorboard=True))
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, undisturbed, 8)
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(work: Path, tmp_path: Path) -> None:
@@ -305,9 +290,9 @@ train(load_config({str(tmp_path / "config.yaml")!r}))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert committed_steps(run / "checkpoints") == [4]
     # The log is ahead of the checkpoint, and has to go back.
-    assert lines(run)[-1]["step"] == 6
+    assert log_lines(run)[-1]["step"] == 6
     train(config)
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, undisturbed, 8)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +326,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
     assert f"step {step}" in str(stopped.value) or "before the first step" in str(stopped.value)
     assert not (tmp_path / "run/summary.json").exists()
     train(config)
-    assert_same_run(tmp_path / "run", undisturbed)
+    assert_same_run(tmp_path / "run", undisturbed, 8)
     assert (tmp_path / "run/summary.json").exists()
 
 
@@ -468,7 +453,7 @@ train(load_config({str(tmp_path / "config.yaml")!r}))
         first.kill()
         first.communicate()
     train(config)
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, undisturbed, 8)
 
 
 def test_eval_batches_limits_an_evaluation(work: Path, tmp_path: Path) -> None:
@@ -493,7 +478,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_mend_works(
         train(config_of(work, run))
     shutil.rmtree(run / "checkpoints/8")
     train(config_of(work, run))
-    assert_same_run(run, undisturbed)
+    assert_same_run(run, undisturbed, 8)
 
 
 # ------------------------------------------------------------------- the command
