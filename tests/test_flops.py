@@ -1,61 +1,23 @@
-"""Useful FLOPs and parameter counts against the published and derived numbers."""
+"""Useful FLOPs against the published and derived numbers."""
 
 from __future__ import annotations
 
 import pytest
-from steps import model_config
 
-from llamapro_jax.expansion import ExpansionPlan, spread
+from llamapro_jax.architecture import described
+from llamapro_jax.config import ArchitectureConfig
+from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.flops import keys_seen, step_flops
 from llamapro_jax.model.config import ModelConfig
-from llamapro_jax.model.weights import block_parameters, total_parameters
-
-# (blocks, hidden, intermediate, heads, key/value heads, vocabulary)
-SIZES = {
-    "7B": (32, 4096, 11008, 32, 32, 32000),
-    "13B": (40, 5120, 13824, 40, 40, 32000),
-    "70B": (80, 8192, 28672, 64, 8, 32000),
-    "Mistral-7B": (32, 4096, 14336, 32, 8, 32000),
-    "Llama-3-8B": (32, 4096, 14336, 32, 8, 128256),
-}
+from llamapro_jax.model.weights import block_parameters
 
 
-def published(name: str, new: int) -> tuple[ModelConfig, ExpansionPlan]:
-    blocks, hidden, intermediate, heads, kv_heads, vocabulary = SIZES[name]
-    plan = ExpansionPlan(blocks)
-    if new:
-        plan = plan.expand(spread(blocks, new))
-    return (
-        model_config(
-            plan,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=hidden // heads,
-            vocab_size=vocabulary,
-        ),
-        plan,
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "new", "parameters"),
-    [
-        ("7B", 0, 6_738_415_616),
-        ("7B", 8, 8_357_482_496),
-        ("13B", 8, 15_553_500_160),
-        ("70B", 8, 75_821_883_392),
-        ("Mistral-7B", 8, 8_986_628_096),
-        ("Llama-3-8B", 8, 9_775_157_248),
-    ],
-)
-def test_parameters(name: str, new: int, parameters: int) -> None:
-    assert total_parameters(published(name, new)[0]) == parameters
+def of_7b(new: int) -> tuple[ModelConfig, ExpansionPlan]:
+    return described(ArchitectureConfig("llama2_7b", new))
 
 
 def test_new_parameters_of_7b() -> None:
-    config, plan = published("7B", 8)
+    config, plan = of_7b(8)
     assert block_parameters(config) == 202_383_360
     assert plan.num_new * block_parameters(config) == 1_619_066_880
 
@@ -65,12 +27,12 @@ def test_new_parameters_of_7b() -> None:
     [(8, ("new",), 38.28), (8, ("all",), 53.38), (0, ("all",), 42.86)],
 )
 def test_flops_of_7b(new: int, spec: tuple[str, ...], total: float) -> None:
-    flops = step_flops(*published("7B", new), spec, 4096)
+    flops = step_flops(*of_7b(new), spec, 4096)
     assert round(flops.total / 1e9, 2) == total
 
 
 def test_flops_of_7b_by_part() -> None:
-    flops = step_flops(*published("7B", 8), ("new",), 4096)
+    flops = step_flops(*of_7b(8), ("new",), 4096)
     A, h, a = 0.404750336, 0.262144, 0.033554432
     assert flops.forward == pytest.approx((40 * A + h) * 1e9)
     assert flops.activation_gradients == pytest.approx((36 * A + h) * 1e9)
@@ -81,7 +43,7 @@ def test_flops_of_7b_by_part() -> None:
 
 
 def test_what_else_trains_adds_its_share() -> None:
-    config, plan = published("7B", 8)
+    config, plan = of_7b(8)
     new = step_flops(config, plan, ("new",), 4096)
     head = step_flops(config, plan, ("new", "head"), 4096)
     norms = step_flops(config, plan, ("new", "norms"), 4096)
