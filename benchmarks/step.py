@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,9 @@ from llamapro_jax.model.weights import BLOCK_BY_NAME, tensors, total_parameters
 from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.training.state import init_state, labels, merge, partition
 from llamapro_jax.training.step import build_train_step
+
+# For `benchmarks.torch_model`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # The frozen step may take this much more of the full step's time than it does of its FLOPs.
 SLACK = 1.05
@@ -196,24 +200,12 @@ def torch_contender(
     """The model of `params` in transformers, of which the same blocks train."""
     try:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         return None
+    from benchmarks import torch_model
+
     torch.set_num_threads(threads)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_blocks,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
+    model = torch_model.build(config, plan, "float32")
     state = {}
     for tensor in tensors(config):
         leaves = params if tensor.block is None else block_row(params, plan, tensor.block)
@@ -221,19 +213,8 @@ def torch_contender(
         # A copy, since PyTorch trains in place.
         state[tensor.name] = torch.from_numpy(tensor.weight.to_hf(array, config).copy())
     model.load_state_dict(state)
-    new = tuple(f"model.layers.{depth}." for depth in plan.new_depths)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(new)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": OPTIMIZER.weight_decay},
-            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.b1, OPTIMIZER.b2),
-        eps=OPTIMIZER.eps,
-    )
+    optimizer = torch_model.adamw(trained, OPTIMIZER)
 
     def take(batch: Batch) -> float:
         tokens = torch.from_numpy(batch["tokens"]).long()

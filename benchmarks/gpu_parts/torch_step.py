@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 import transformers
 
+from benchmarks import torch_model
 from benchmarks.gpu_parts.common import (
     GIB,
     OPTIMIZER,
@@ -79,45 +80,13 @@ class Step:
         config, plan = architecture(task.tiny)
         self._vocabulary = config.vocab_size
         with torch.device(DEVICE):
-            self._model = transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(
-                    vocab_size=config.vocab_size,
-                    hidden_size=config.hidden_size,
-                    intermediate_size=config.intermediate_size,
-                    num_hidden_layers=config.num_blocks,
-                    num_attention_heads=config.num_heads,
-                    num_key_value_heads=config.num_kv_heads,
-                    max_position_embeddings=config.max_position_embeddings,
-                    rms_norm_eps=config.rms_norm_eps,
-                    tie_word_embeddings=False,
-                    use_cache=False,
-                    attn_implementation="sdpa",
-                )
-            )
+            self._model = torch_model.build(config, plan, "bfloat16")
         self._layers = self._model.model.layers
         self._first = plan.new_depths[0]
-        for parameter in self._model.parameters():
-            # Not the buffers: the frequencies of RoPE stay in float32.
-            parameter.data = parameter.data.to(torch.bfloat16)
-            parameter.requires_grad = False
-        for depth in plan.new_depths:
-            for parameter in self._layers[depth].parameters():
-                parameter.requires_grad = True
         self._weights = [p for p in self._model.parameters() if p.requires_grad]
         self._masters = [p.detach().float() for p in self._weights]
         self.trained = sum(p.numel() for p in self._weights)
-        matrices = [m for m in self._masters if m.ndim > 1]
-        vectors = [m for m in self._masters if m.ndim == 1]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": OPTIMIZER.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=OPTIMIZER.learning_rate,
-            betas=(OPTIMIZER.b1, OPTIMIZER.b2),
-            eps=OPTIMIZER.eps,
-            fused=True,
-        )
+        self._optimizer = torch_model.adamw(self._masters, OPTIMIZER, fused=True)
         shape = (task.rows, task.length)
         self._tokens = torch.randint(self._vocabulary, shape, device=DEVICE)
 
