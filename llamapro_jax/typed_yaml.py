@@ -196,7 +196,7 @@ def describe_type(kind: Any) -> str:
             return "a list of mappings"
         return f"a list, each {describe_type(item)}"
     if typing.get_origin(kind) is dict:
-        return f"a mapping, each value {describe_type(arguments[1])}"
+        return f"a mapping (each value {describe_type(arguments[1])})"
     raise TypeError(f"{kind!r}: a field of this type cannot be read from YAML")
 
 
