@@ -37,10 +37,10 @@ def test_jsonl_is_one_document_a_line(tmp_path: Path) -> None:
 
 def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
     file = write(tmp_path / "latin.txt", b"abc\n" + "é".encode("latin1") + b" x")
-    with pytest.raises(UserError, match=r"latin\.txt: is not UTF-8 .* at byte 4\); convert it"):
+    with pytest.raises(UserError, match=r"latin\.txt: is not UTF-8 .* at byte 4 of it\); convert it"):
         list(read_documents(file))
     lines = write(tmp_path / "latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"latin\.jsonl: is not UTF-8 .* at byte 24\)"):
+    with pytest.raises(UserError, match=r"latin\.jsonl:2: is not UTF-8 .* at byte 10 of it\)"):
         list(read_documents(lines))
 
 
