@@ -1,20 +1,20 @@
 """The configuration of a training run: `llamapro train CONFIG [key.path=value ...]`.
 
 Relative paths in a configuration are relative to the directory that the command runs in, not to
-the configuration file. `docs/configuration.md` is generated from this module.
+the configuration file. `docs/configuration.md` is generated from it and `config_data`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llamapro_jax import typed_yaml
+from llamapro_jax.config_data import DataConfig, EvalSourceConfig, ReplayConfig, SourceConfig
+from llamapro_jax.config_rules import Problems, not_empty, not_negative, positive, share
 from llamapro_jax.errors import nearest
 from llamapro_jax.files import atomic_write
 from llamapro_jax.model.config import AttentionChoice, RematChoice
@@ -27,6 +27,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "ProfileConfig",
+    "ReplayConfig",
     "RunConfig",
     "SourceConfig",
     "TrackingConfig",
@@ -61,149 +62,7 @@ MAY_CHANGE_ON_RESUME = (
 Another mesh, microbatch or remat adds in another order, which may change last bits, no more.
 """
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
 _FLAG = re.compile(r"xla_\w+")
-
-_SLICE = re.compile(r"(\w+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?")
-
-_PATH = "A text file or a directory of them; or the directory or name of a TFDS data set."
-_SPLIT = "The split of a TFDS data set; of a text, such as `train[:90%]`, that part of its rows."
-
-Problems = Iterator[tuple[str, str]]
-
-
-def _positive(section: Any, *names: str) -> Problems:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and not value > 0:
-            yield name, f"must be positive, is {value}."
-
-
-def _not_negative(section: Any, *names: str) -> Problems:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < 0:
-            yield name, f"must not be negative, is {value}."
-
-
-def _share(section: Any, *names: str) -> Problems:
-    for name in names:
-        value = getattr(section, name)
-        if not 0 <= value <= 1:
-            yield name, f"must be between 0 and 1, is {value}."
-
-
-def _not_empty(section: Any, *names: str) -> Problems:
-    for name in names:
-        if not getattr(section, name):
-            yield name, "must not be empty."
-
-
-def _names(field: str, entries: Sequence[Any]) -> Problems:
-    """Names become parts of metric names and file names, so each is plain and used once."""
-    seen: set[str] = set()
-    for i, entry in enumerate(entries):
-        where = f"{field}.{i}.name"
-        if not _NAME.fullmatch(entry.name):
-            yield where, f"{entry.name!r} must be letters, digits, '_', '-' and '.' only."
-        if entry.name in seen:
-            yield where, f"{entry.name!r} names two entries of {field}; give each its own name."
-        seen.add(entry.name)
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceConfig:
-    """A training text."""
-
-    name: str = option("What the log calls this text.")
-    path: str = option(_PATH)
-    weight: float = option("Its share of the rows, relative to the other sources.", 1.0)
-    kind: Literal["text", "tfds"] = option(
-        "`text`: UTF-8 files (.txt, .md, .py, .rst, .jsonl) that are tokenised and packed first; "
-        "`tfds`: a prepared data set in ArrayRecord.",
-        "text",
-    )
-    split: str = option(_SPLIT, "train")
-
-    def problems(self) -> Problems:
-        yield from _not_empty(self, "path", "split")
-        yield from _positive(self, "weight")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSourceConfig:
-    """A held-out text."""
-
-    name: str = option("What the log and the report call this text.")
-    path: str = option(_PATH)
-    kind: Literal["text", "tfds"] = option("As for a source.", "text")
-    split: str = option(
-        f"{_SPLIT} One that overlaps with a source's split of the same path is refused.", "train"
-    )
-
-    def problems(self) -> Problems:
-        yield from _not_empty(self, "path", "split")
-
-
-def _part(split: str) -> tuple[str, str | None, float, float] | None:
-    """Name, unit (None: the whole), start and stop of a split; None of one that is not plain."""
-    match = _SLICE.fullmatch(split)
-    if match is None:
-        return None
-    name, start, start_unit, stop, stop_unit = match.groups()
-    units = {unit for unit in (start_unit, stop_unit) if unit is not None}
-    if len(units) > 1:
-        return None
-    return name, next(iter(units), None), int(start or 0), int(stop) if stop else math.inf
-
-
-def _overlap(source: SourceConfig, held_out: EvalSourceConfig) -> bool:
-    """Whether both read one path, and their splits can be seen to have rows in common.
-
-    Seen is what `name`, `name[A:B]` and `name[A%:B%]` say. Rows are not compared with per cent.
-    """
-    if os.path.realpath(source.path) != os.path.realpath(held_out.path):
-        return False
-    one, other = _part(source.split), _part(held_out.split)
-    if one is None or other is None:
-        return source.split == held_out.split
-    (name, unit, start, stop), (other_name, other_unit, other_start, other_stop) = one, other
-    if name != other_name:
-        return False
-    if None in (unit, other_unit):
-        return True
-    return unit == other_unit and max(start, other_start) < min(stop, other_stop)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Training and held-out texts, and the shape of a batch."""
-
-    sequence_length: int = option("Tokens in a row.")
-    batch_size: int = option("Rows in a step, over all devices and microbatches.")
-    sources: tuple[SourceConfig, ...] = option("The training texts.")
-    eval: tuple[EvalSourceConfig, ...] = option("The held-out texts.", ())
-    cache_directory: str | None = option(
-        "Where tokenised text is kept, to be shared by runs; null: inside the run directory.", None
-    )
-
-    def problems(self) -> Problems:
-        yield from _positive(self, "sequence_length", "batch_size")
-        if not self.sources:
-            yield "sources", "names no text to train on; give at least one."
-        yield from _names("sources", self.sources)
-        yield from _names("eval", self.eval)
-        for i, entry in enumerate(self.eval):
-            for source in self.sources:
-                if _overlap(source, entry):
-                    what = f"{entry.path!r} ({entry.split})"
-                    by = f"{source.name} has {source.path!r} ({source.split})"
-                    yield (
-                        f"eval.{i}.path",
-                        f"{what} is trained on: {by}; name a text that is held out.",
-                    )
-                    break
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +99,9 @@ class OptimizerConfig:
         return round(self.decay_ratio * steps)
 
     def problems(self) -> Problems:
-        yield from _positive(self, "learning_rate", "eps", "clip_norm")
-        yield from _not_negative(self, "weight_decay", "warmup_steps")
-        yield from _share(self, "warmup_ratio", "final_ratio", "decay_ratio")
+        yield from positive(self, "learning_rate", "eps", "clip_norm")
+        yield from not_negative(self, "weight_decay", "warmup_steps")
+        yield from share(self, "warmup_ratio", "final_ratio", "decay_ratio")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, f"must be at least 0 and below 1, is {getattr(self, name)}."
@@ -291,9 +150,9 @@ class TrainingConfig:
 
     def problems(self) -> Problems:
         every = ("log_every", "eval_every", "eval_batches", "save_every")
-        yield from _positive(self, "steps", *every, "keep", "loss_chunk")
+        yield from positive(self, "steps", *every, "keep", "loss_chunk")
         if self.microbatch != "auto":
-            yield from _positive(self, "microbatch")
+            yield from positive(self, "microbatch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +172,7 @@ class MeshConfig:
     context: int = option("Devices that share the length of each row.", 1)
 
     def problems(self) -> Problems:
-        yield from _positive(self, "data", "fsdp", "tensor", "context")
+        yield from positive(self, "data", "fsdp", "tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,9 +187,9 @@ class ArchitectureConfig:
     per_group: int = option("New blocks of each group, as with `--per-group`.", 1)
 
     def problems(self) -> Problems:
-        yield from _not_empty(self, "base")
-        yield from _not_negative(self, "blocks")
-        yield from _positive(self, "per_group")
+        yield from not_empty(self, "base")
+        yield from not_negative(self, "blocks")
+        yield from positive(self, "per_group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,8 +245,8 @@ class ProfileConfig:
     )
 
     def problems(self) -> Problems:
-        yield from _not_negative(self, "steps")
-        yield from _positive(self, "first_step")
+        yield from not_negative(self, "steps")
+        yield from positive(self, "first_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,8 +298,8 @@ class RunConfig:
         object.__setattr__(self, "trainable", parts)
 
     def problems(self) -> Problems:
-        yield from _not_empty(self, "model", "output")
-        yield from _not_negative(self, "seed")
+        yield from not_empty(self, "model", "output")
+        yield from not_negative(self, "seed")
         if self.compilation_cache == "":
             yield "compilation_cache", "must not be empty; null turns it off."
         yield from self._trainable_problems()

@@ -289,6 +289,24 @@ def test_trainable_is_normalised(tmp_path, given_parts, parts):
         ("data.sources.1.name=a/b", "sources.1.name: 'a/b' must be letters"),
         ("data.eval.0.path=prose.txt", "eval.0.path: 'prose.txt' (train) is trained on"),
         ("data.sources.0.path=''", "sources.0.path: must not be empty"),
+        ("data.sources.0.weight=row", "weight: expected a number or one of rows, got 'row'"),
+        ("data.sources.0.weight=rows", "sources.1.weight: 2.0 stands beside a weight 'rows'"),
+        ("data.sources.0.kind=csv", "one of text, code, chat, tfds, datasets, got 'csv'"),
+        ("data.sources.0.template=a.jinja", "which kind 'text' does not read; set kind to 'chat'"),
+        ("data.sources.0={name: a, path: a, kind: chat, field: x}", "kind 'chat' does not read"),
+        ("data.sources.0={name: a, path: a, kind: code, field: x}", "kind 'code' does not read"),
+        ("data.eval.0.template=tokenizer", "eval.0.template: is 'tokenizer', which kind 'text'"),
+        ("data.replay={share: 0, sources: [{name: r, path: r}]}", "replay.share: must be above 0"),
+        ("data.replay={share: 1, sources: [{name: r, path: r}]}", "and below 1, is 1.0; null for"),
+        ("data.replay={share: 0.1, sources: []}", "replay.sources: names no text to replay"),
+        (
+            "data.replay={share: 0.1, sources: [{name: code, path: r}]}",
+            "replay.sources.0.name: 'code' is a name in sources too",
+        ),
+        (
+            "data.replay={share: 0.1, sources: [{name: r, path: held_out.txt}]}",
+            "eval.0.path: 'held_out.txt' (train) is trained on: r has 'held_out.txt'",
+        ),
         ("tracking.wandb_project=''", "wandb_project: must not be empty"),
     ],
 )
@@ -327,6 +345,18 @@ def test_a_held_out_text_that_is_trained_on_is_refused(tmp_path, trained, held_o
         return
     (problem,) = problems_of(tmp_path, MINIMAL, *overrides, cls=RunConfig)
     assert "is trained on: seen has 'a.txt'" in problem
+
+
+def test_replay_and_weights_by_rows(tmp_path):
+    replay = "data.replay={share: 0.1, sources: [{name: web, path: web, weight: rows}]}"
+    config = load(tmp_path, MINIMAL, replay, "data.sources.0.weight=rows",
+                  "data.sources.1.weight=rows", cls=RunConfig)  # fmt: skip
+    assert config.data.replay.share == 0.1
+    assert [s.name for s in config.data.replayed] == ["web"]
+    assert {s.weight for s in (*config.data.sources, *config.data.replayed)} == {"rows"}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load(tmp_path, MINIMAL, cls=RunConfig).data.replayed == ()
 
 
 def test_rules_between_settings(tmp_path):
