@@ -35,6 +35,7 @@ from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.model.weights import BLOCK_BY_NAME
+from llamapro_jax.progress import tracked
 from llamapro_jax.sources import open_source
 from llamapro_jax.training import run_directory
 from llamapro_jax.views import Strength
@@ -399,7 +400,7 @@ def _evaluate_text(
 ) -> list[Sums]:
     sums = [Sums() for _ in comparison.settings]
     starts: Any = range(0, len(text.rows), batch_size)
-    for start in _tracked(starts, text.name) if progress else starts:
+    for start in tracked(starts, text.name) if progress else starts:
         batch = stack_rows(text.rows[start : start + batch_size], batch_size)
         targets_BT, weights_BT = targets_and_weights(batch)
         base_states = None if comparison.base is None else comparison.base.states(batch)
@@ -415,16 +416,6 @@ def _evaluate_text(
                 against = base_states, head_weight(comparison.base.model.params)
             total.add(_compare(states, head, *against, targets_BT), weights_BT > 0)
     return sums
-
-
-def _tracked(starts: range, name: str) -> Iterator[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(
-        starts, description=name, console=console, disable=not console.is_terminal, transient=True
-    )
 
 
 def _figures(text: Text, setting: Setting, sums: Sums, compared: bool) -> dict[str, Any]:

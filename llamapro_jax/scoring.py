@@ -1,0 +1,204 @@
+"""How likely a model finds given texts, many at a time: what lm-evaluation-harness asks of one.
+
+Rows are padded to a few lengths, each compiled once, and only the tokens that are asked about meet
+the vocabulary. Requests that differ in their last token alone (choices A, B, C, D) are one row.
+
+Legend: B batch, T row length, N tokens asked about, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamapro_jax.errors import UserError
+from llamapro_jax.expansion import Segment
+from llamapro_jax.model.api import Model
+from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.model.llama import Params, head_weight, hidden_states
+from llamapro_jax.model.precision import full_precision
+from llamapro_jax.progress import tracked
+
+# Tokens whose scores over the vocabulary exist at the same time: 128 MiB of float32 at V = 131072.
+SCORES_AT_ONCE = 256
+
+Request = tuple[Sequence[int], Sequence[int]]
+
+
+def row_length(tokens: int) -> int:
+    """The padded length of a row: 16, 32, 48, 64, 96, 128, 192, ...; at most half of it padding."""
+    power = max(16, 1 << (tokens - 1).bit_length())
+    half_step = power * 3 // 4
+    return half_step if 32 <= half_step and tokens <= half_step else power
+
+
+@partial(jax.jit, static_argnames=("config", "segments", "dtype", "with_new"))
+def _states(
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    segments: tuple[Segment, ...],
+    dtype: np.dtype,
+    with_new: bool,
+) -> jax.Array:
+    """The final hidden states [B, T, D] of rows that are padded at the end."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    with full_precision(dtype):
+        return hidden_states(
+            params,
+            tokens_BT,
+            positions_BT,
+            None,
+            config=config,
+            segments=segments,
+            dtype=dtype,
+            with_new=with_new,
+            attention="auto",
+        )
+
+
+@jax.jit
+def _log_p(
+    x_BTD: jax.Array, head_VD: jax.Array, row_N: jax.Array, at_N: jax.Array, target_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """log p of the target after token `at` of `row`, [N] float32, and if it is the likeliest."""
+    x_ND = x_BTD[row_N, at_N]
+    with full_precision(x_ND.dtype):
+        head_VD = head_VD.astype(x_ND.dtype)
+        scores_NV = jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=jnp.float32)
+    log_p_NV = jax.nn.log_softmax(scores_NV)
+    log_p_N = jnp.take_along_axis(log_p_NV, target_N[:, None], axis=-1)[:, 0]
+    return log_p_N, jnp.argmax(scores_NV, axis=-1) == target_N
+
+
+@dataclass
+class _Row:
+    """Tokens that go through the model once, and which requests want what of them.
+
+    asked: (request, index of the first predicted token in `tokens` + 1, continuation).
+    """
+
+    tokens: tuple[int, ...]
+    asked: list[tuple[int, int, Sequence[int]]] = field(default_factory=list)
+
+
+def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
+    """The distinct rows, longest first: what does not fit into memory fails at the start."""
+    rows: dict[tuple[int, ...], _Row] = {}
+    for index, (context, continuation) in enumerate(requests):
+        # As the harness: from the left, and the last token is only ever a target.
+        tokens = (*context, *continuation)[-(max_length + 1) :][:-1]
+        row = rows.setdefault(tokens, _Row(tokens))
+        row.asked.append((index, len(tokens) + 1 - len(continuation), continuation))
+    return sorted(rows.values(), key=lambda row: -len(row.tokens))
+
+
+def check_max_length(model: Model, max_length: int | None) -> int:
+    """How many tokens a row may have; None: what the model has positions for. Raises UserError."""
+    longest = model.config.max_position_embeddings
+    if max_length is None:
+        return longest
+    if not 1 <= max_length <= longest:
+        raise UserError(
+            f"max_length is {max_length}; this model takes 1 to {longest} "
+            "(max_position_embeddings)."
+        )
+    return max_length
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UserError below 1."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+
+
+def loglikelihoods(
+    model: Model,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    new_blocks: bool = True,
+    progress: str | None = None,
+) -> list[tuple[float, bool]]:
+    """For each (context, continuation) of ids: log p of the continuation given the context, in
+    nats, and whether greedy decoding would give it.
+
+    The sum over the continuation's tokens is in float64, over float32 figures. max_length: tokens
+    that go through the model at once, None for all its positions; what is longer loses its
+    beginning, as in lm-evaluation-harness. new_blocks=False leaves the inserted blocks out.
+    progress: shows a bar of this name on a terminal.
+
+    Raises:
+      UserError: an empty context or continuation (give a text without context the begin token), a
+        continuation longer than `max_length`, an id outside the vocabulary, a value out of range.
+    """
+    max_length = check_max_length(model, max_length)
+    check_batch_size(batch_size)
+    model.check_new_blocks(new_blocks)
+    _check_requests(model, requests, max_length)
+    rows = _rows(requests, max_length)
+    log_p = [0.0] * len(requests)
+    greedy = [True] * len(requests)
+    starts = range(0, len(rows), batch_size)
+    for start in starts if progress is None else tracked(starts, progress):
+        batch = rows[start : start + batch_size]
+        tokens_BT = np.zeros((batch_size, row_length(len(batch[0].tokens))), np.int32)
+        for row, one in zip(tokens_BT, batch, strict=False):
+            row[: len(one.tokens)] = one.tokens
+        x_BTD = _states(
+            model.params,
+            tokens_BT,
+            config=model.config,
+            segments=model.plan.segments,
+            dtype=model.dtype,
+            with_new=new_blocks,
+        )
+        for request, value, best in _asked(model, x_BTD, batch):
+            log_p[request] += value
+            greedy[request] &= best
+    return list(zip(log_p, greedy, strict=True))
+
+
+def _asked(
+    model: Model, x_BTD: jax.Array, batch: Sequence[_Row]
+) -> Iterator[tuple[int, float, bool]]:
+    """(request, log p, whether the likeliest) for each token of each continuation of the batch."""
+    tokens = (
+        (request, row, first - 1 + i, target)
+        for row, one in enumerate(batch)
+        for request, first, continuation in one.asked
+        for i, target in enumerate(continuation)
+    )
+    while group := list(islice(tokens, SCORES_AT_ONCE)):
+        columns_3N = np.zeros((3, SCORES_AT_ONCE), np.int32)
+        columns_3N[:, : len(group)] = np.transpose([one[1:] for one in group])
+        log_p_N, best_N = _log_p(x_BTD, head_weight(model.params), *columns_3N)
+        values, best = np.asarray(log_p_N), np.asarray(best_N)
+        for (request, *_), value, is_best in zip(group, values, best, strict=False):
+            yield request, float(value), bool(is_best)
+
+
+def _check_requests(model: Model, requests: Sequence[Request], max_length: int) -> None:
+    for number, (context, continuation) in enumerate(requests):
+        if not len(context):
+            raise UserError(
+                f"request {number}: has no context; give a text without one the begin token."
+            )
+        if not len(continuation):
+            raise UserError(f"request {number}: has no token to score.")
+        if len(continuation) > max_length:
+            raise UserError(
+                f"request {number}: has {len(continuation)} tokens to score, more than the "
+                f"{max_length} that go through the model at once; shorten it, or score it in parts."
+            )
+    ids = np.fromiter(chain.from_iterable(chain(*pair) for pair in requests), np.int64)
+    if ids.size:
+        model.check_tokens(ids[None])

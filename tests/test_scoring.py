@@ -1,0 +1,147 @@
+"""Log-likelihoods and greedy texts of many requests at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import english, expand_to, random_model, write_with_tokenizer
+
+from llamapro_jax import UserError, scoring
+from llamapro_jax.model.api import Model, load
+from llamapro_jax.scoring import loglikelihoods, row_length
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return random_model(tmp_path_factory.mktemp("scoring"))
+
+
+def some_requests(model: Model, number: int = 11) -> list[tuple[list[int], list[int]]]:
+    random = np.random.default_rng(3)
+    vocabulary, longest = model.config.vocab_size, model.config.max_position_embeddings
+
+    def ids(most: int) -> list[int]:
+        return random.integers(0, vocabulary, random.integers(1, most)).tolist()
+
+    # The last one is too long and loses its beginning.
+    pairs = [(ids(longest // 2), ids(longest // 2)) for _ in range(number)]
+    return [*pairs, (ids(9) * longest, ids(9))]
+
+
+def by_hand(model: Model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    longest = model.config.max_position_embeddings
+    tokens = (context + continuation)[-(longest + 1) :]
+    scores = np.asarray(model.logits([tokens[:-1]]), np.float64)[0, -len(continuation) :]
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return (
+        float(log_p[np.arange(len(continuation)), continuation].sum()),
+        bool((scores.argmax(-1) == continuation).all()),
+    )
+
+
+def greedy_continuation(model: Model, context: list[int], tokens: int) -> list[int]:
+    made: list[int] = []
+    for _ in range(tokens):
+        made.append(int(np.asarray(model.logits([context + made]))[0, -1].argmax()))
+    return made
+
+
+def test_each_request_is_what_its_own_logits_say(model: Model) -> None:
+    requests = some_requests(model)
+    requests.append(([1, 5, 9], greedy_continuation(model, [1, 5, 9], 3)))
+    results = loglikelihoods(model, requests, batch_size=3)
+    for (log_p, greedy), request in zip(results, requests, strict=True):
+        expected, is_greedy = by_hand(model, *request)
+        assert log_p == pytest.approx(expected, abs=1e-4)
+        assert greedy is is_greedy
+    assert results[-1][1] and not results[0][1]
+    assert loglikelihoods(model, []) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_neither_the_batch_nor_the_order_changes_a_figure(
+    batch_size: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = some_requests(model)
+    expected = dict(enumerate(loglikelihoods(model, requests, batch_size=5)))
+    monkeypatch.setattr(scoring, "SCORES_AT_ONCE", 7)
+    order = np.random.default_rng(0).permutation(len(requests)).tolist()
+    results = loglikelihoods(model, [requests[i] for i in order], batch_size=batch_size)
+    for i, (log_p, greedy) in zip(order, results, strict=True):
+        assert log_p == pytest.approx(expected[i][0], abs=1e-4) and greedy is expected[i][1]
+
+
+def test_requests_that_differ_in_the_last_token_are_one_row(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    states = scoring._states
+    monkeypatch.setattr(
+        scoring, "_states", lambda *a, **k: calls.append(a[1].shape) or states(*a, **k)
+    )
+    context = [1, 7, 3, 2]
+    results = loglikelihoods(model, [(context, [i]) for i in range(40)], batch_size=2)
+    assert calls == [(2, 16)]
+    scores = np.asarray(model.logits([context]), np.float64)[0, -1]
+    log_p = scores - np.log(np.exp(scores).sum())
+    np.testing.assert_allclose([r[0] for r in results], log_p[:40], atol=1e-5)
+
+
+def test_without_the_new_blocks_it_is_the_base(tmp_path: Path) -> None:
+    base = random_model(tmp_path / "a")
+    from llamapro_jax.expansion import spread
+
+    grown = random_model(tmp_path / "b", spread(4, 2))
+    requests = some_requests(base)
+    expected = loglikelihoods(base, requests)
+    assert loglikelihoods(grown, requests, new_blocks=False) == expected
+    assert loglikelihoods(grown, requests) != expected
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 16), (17, 32), (33, 48), (49, 64), (65, 96)])
+def test_rows_have_few_lengths(tokens: int, length: int) -> None:
+    assert row_length(tokens) == length
+
+
+def test_rows_are_never_shorter_than_their_tokens() -> None:
+    lengths = {n: row_length(n) for n in range(1, 5000)}
+    assert all(n <= length for n, length in lengths.items()) and len(set(lengths.values())) < 20
+
+
+@pytest.mark.parametrize(
+    ("requests", "options", "message"),
+    [
+        ([([], [1])], {}, "request 0: has no context; .* begin token"),
+        ([([1], [2]), ([1], [])], {}, "request 1: has no token to score"),
+        ([([1], [2] * 9)], {"max_length": 8}, "request 0: has 9 tokens to score, more than the 8"),
+        ([([1], [101])], {}, "id 101 is not in the vocabulary, which has 101"),
+        ([([1], [2])], {"max_length": 65}, "max_length is 65; this model takes 1 to 64"),
+        ([([1], [2])], {"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_requests_that_cannot_be_scored(
+    requests: list, options: dict, message: str, model: Model
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loglikelihoods(model, requests, **options)
+
+
+def test_log_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = write_with_tokenizer(tmp_path / "base")
+    ours = load(str(expand_to(path, tmp_path / "grown")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "grown")).eval()
+    tokenizer = ours.require_tokenizer()
+    ids = [tokenizer.encode(english(seed, 12)) for seed in range(6)]
+    requests = [(one[: 3 + i], one[3 + i :]) for i, one in enumerate(ids)]
+    for (context, continuation), (log_p, _) in zip(
+        requests, loglikelihoods(ours, requests, batch_size=4), strict=True
+    ):
+        tokens = torch.tensor([context + continuation])
+        with torch.no_grad():
+            scores = theirs(tokens).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+        expected = scores.gather(-1, tokens[0, len(context) :, None]).sum().item()
+        assert log_p == pytest.approx(expected, abs=1e-4)
