@@ -9,6 +9,7 @@ Field numbers: sentencepiece_model.proto of google/sentencepiece.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -180,24 +181,52 @@ def _template(bos: tuple[str, int] | None) -> dict[str, Any] | None:
     }
 
 
+def _symbols(model: SentencePieceModel) -> dict[int, str]:
+    """Id -> user-defined symbol, of those that SentencePiece can find.
+
+    It looks for them where a space is SPACE already; `normalized` makes `tokenizers` do the same.
+    """
+    return {
+        index: piece
+        for index, (piece, _, kind) in enumerate(model.pieces)
+        if kind == USER_DEFINED and " " not in piece
+    }
+
+
+def _normalizers(model: SentencePieceModel) -> list[dict[str, Any]]:
+    """A space before the text, where the model wants one, and each space as SPACE."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if not model.add_dummy_prefix:
+        return [replace]
+    symbols = [re.escape(piece) for piece in _symbols(model).values()]
+    if not symbols:
+        return [{"type": "Prepend", "prepend": SPACE}, replace]
+    # `tokenizers` normalizes the symbols too before it looks for them in the normalized text:
+    # only the text may get the prefix, and a text that is a symbol alone cannot be told from one.
+    start = rf"\A(?!(?:{'|'.join(symbols)})\z)(?=[\s\S])"
+    return [{"type": "Replace", "pattern": {"Regex": start}, "content": SPACE}, replace]
+
+
 def tokenizer_json(
     model: SentencePieceModel, added: Iterable[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """A `tokenizer.json` that gives SentencePiece's ids, in the layout LLaMA 2's own has.
 
+    One text differs: a user-defined symbol and nothing else lacks the piece of the dummy prefix.
+
     Args:
       added: entries of `added_tokens` beyond the model's pieces, `id` and `content` at least.
     """
     entries = {
-        index: _added_token(index, piece, special=kind != USER_DEFINED)
+        index: _added_token(index, piece, special=True)
         for index, (piece, _, kind) in enumerate(model.pieces)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        if kind in (UNKNOWN, CONTROL)
     }
+    for index, piece in _symbols(model).items():
+        entries[index] = _added_token(index, piece, normalized=True)
     for entry in added:
         entries[entry["id"]] = _added_token(**entry)
     vocab = {piece: index for index, (piece, _, _) in enumerate(model.pieces)}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = {"type": "Prepend", "prepend": SPACE}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -210,10 +239,7 @@ def tokenizer_json(
         "truncation": None,
         "padding": None,
         "added_tokens": [entries[index] for index in sorted(entries)],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [prepend, replace] if model.add_dummy_prefix else [replace],
-        },
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(model)},
         "pre_tokenizer": None,
         "post_processor": _template(bos),
         "decoder": {
