@@ -28,6 +28,7 @@ from llamapro_jax.hf.sentencepiece_model import (
 from llamapro_jax.hf.tokenizer_config import (
     added_tokens,
     chat_template,
+    optional_json,
     special_id,
     written_config,
     written_special_tokens_map,
@@ -42,6 +43,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _DECIDING_FILES = ("tokenizer.json", "tokenizer.model")  # one of these makes a tokenizer
+# A noncharacter of Unicode, which no text to be exchanged may hold. See `encode_with_offsets`.
+TOKEN_MARK = "\U0010ffff"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,21 @@ class Tokenizer:
             rows.append((ids if head and ids[:1] == head else head + ids) + tail)
         return rows
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, and where the characters of each begin and end in it.
+
+        A special token is written `marked(token_id)`; the same token spelled out (`</s>`) is plain
+        characters, whatever it merges with. So one text can hold both. Otherwise the ids are
+        those of `encode(text, bos=False, allow_special=True)`.
+        """
+        engine, ids = self._with_marked
+        encoding = engine.encode(text, add_special_tokens=False)
+        return [ids.get(index, index) for index in encoding.ids], encoding.offsets
+
+    def marked(self, token_id: int) -> str:
+        """How a special token is written for `encode_with_offsets`."""
+        return f"{TOKEN_MARK}{token_id}{TOKEN_MARK}"
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._plain.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -119,6 +137,18 @@ class Tokenizer:
         """Content -> id of the tokens that `decode` skips."""
         added = self._plain.get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}
+
+    @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, `unk_token` and `pad_token`, those which the model has."""
+        unknown = json.loads(self.json_text)["model"].get("unk_token")
+        named = {
+            "bos_token": self.token_of(self.bos_id),
+            "eos_token": self.token_of(self.eos_id),
+            "unk_token": unknown if isinstance(unknown, str) else None,
+            "pad_token": self.token_of(self.pad_id),
+        }
+        return {key: token for key, token in named.items() if token is not None}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -148,6 +178,35 @@ class Tokenizer:
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         return _engine(self.json_text, self.source / "tokenizer.json")
+
+    @cached_property
+    def _with_marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """An engine that knows special tokens by their marks alone, and its ids that differ."""
+        content = json.loads(self.json_text)
+        special = set(self.special_tokens)
+        merges = content["model"].get("merges")
+        if merges:  # none may build a special token from its characters
+            content["model"]["merges"] = [
+                merge
+                for merge in merges
+                if (merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge))
+                not in special
+            ]
+        content |= {"added_tokens": [], "post_processor": None}
+        engine = _engine(json.dumps(content), self.source / "tokenizer.json")
+        ids = {}
+        for index, token in sorted(self._plain.get_added_tokens_decoder().items()):
+            if token.special:
+                token = tokenizers.AddedToken(
+                    self.marked(index),
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=False,
+                )
+            engine.add_tokens([token])
+            ids[engine.token_to_id(token.content)] = index
+        return engine, ids
 
 
 class StreamDecoder:
@@ -251,14 +310,7 @@ def write_tokenizer(tokenizer: Tokenizer | str | Path, destination: str | Path) 
         tokenizer = load_tokenizer(tokenizer)
     destination, source = Path(destination), tokenizer.source
     content = json.loads(tokenizer.json_text)
-    unknown = content["model"].get("unk_token")
-    named = {
-        "bos_token": tokenizer.token_of(tokenizer.bos_id),
-        "eos_token": tokenizer.token_of(tokenizer.eos_id),
-        "unk_token": unknown if isinstance(unknown, str) else None,
-        "pad_token": tokenizer.token_of(tokenizer.pad_id),
-    }
-    named = {key: token for key, token in named.items() if token is not None}
+    named = tokenizer.named_tokens
     files: dict[str, str | bytes | dict[str, Any]] = {
         "tokenizer.json": tokenizer.json_text,
         "special_tokens_map.json": written_special_tokens_map(source, named),
@@ -277,6 +329,18 @@ def write_tokenizer(tokenizer: Tokenizer | str | Path, destination: str | Path) 
         else:
             atomic_write(destination / name, value)
     return list(files)
+
+
+def with_template(directory: str | Path, template: str) -> None:
+    """Makes `template` the chat template of the tokenizer whose files are in `directory`.
+
+    It is written into chat_template.jinja and tokenizer_config.json, and takes the place of
+    whatever was there; `write_tokenizer` and transformers take it along from there.
+    """
+    directory = Path(directory)
+    config = optional_json(directory / "tokenizer_config.json")
+    write_json(directory / "tokenizer_config.json", {**config, "chat_template": template})
+    atomic_write(directory / "chat_template.jinja", template)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, destination: str | Path) -> Tokenizer:
