@@ -23,7 +23,7 @@ help:
 	@echo "make quickstart   set up, then the whole path on a small model (a few minutes, no network)"
 	@echo "make test         set up, then lint and every test"
 	@echo "make test-fast    the same without the slow tests"
-	@echo "make test-compiled  set up, then compile steps for TPUs that are not here (libtpu, 0.7 GB)"
+	@echo "make test-compiled  set up, then compile steps for TPUs and GPUs that are not here (4 GB)"
 	@echo "make lint         set up, then ruff"
 	@echo "make install      set up only; then $(BIN)/llamapro --help"
 	@echo "make clean        remove the environment and the caches (not runs/)"
@@ -41,7 +41,7 @@ test-fast: lint
 	  -m "not slow" $(PYTEST_ARGS)
 
 # In one process: the compiler takes all cores, and gigabytes of memory.
-test-compiled: $(VENV)/.stamp-tpu
+test-compiled: $(VENV)/.stamp-compilers
 	@$(BIN)/python -m pytest tests/compiled $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test
@@ -71,7 +71,9 @@ $(VENV)/.stamp-test: pyproject.toml | $(VENV)/.stamp-venv
 	@$(PIP) install -qq --editable ".[test]"
 	@touch $(VENV)/.stamp-base $@
 
-$(VENV)/.stamp-tpu: $(VENV)/.stamp-test
-	@echo "Installing llamapro_jax[test,tpu] into $(VENV) (libtpu is 0.7 GB)"
-	@$(PIP) install -qq --editable ".[test,tpu]"
+# Where there are no wheels of CUDA the tests for GPUs are skipped, and pytest says so.
+$(VENV)/.stamp-compilers: $(VENV)/.stamp-test
+	@echo "Installing llamapro_jax[test,tpu,cuda12] into $(VENV) (libtpu 0.7 GB, CUDA 3 GB)"
+	@$(PIP) install -qq --editable ".[test,tpu,cuda12]" || \
+	  { echo "no CUDA: only the compiler for TPUs"; $(PIP) install -qq --editable ".[test,tpu]"; }
 	@touch $@

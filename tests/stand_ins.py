@@ -24,7 +24,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A Python that makes "environments" whose commands write down how they were called. While the files
-# exist, FAIL lets pip fail, FAIL_TESTS pytest, and SLEEP keeps llamapro alive.
+# exist, FAIL lets pip fail where its arguments have the file's words, FAIL_TESTS pytest, and SLEEP
+# keeps llamapro alive.
 FAKE_PYTHON = """\
 #!/usr/bin/env bash
 echo "python $*" >>"$RECORD"
@@ -34,7 +35,7 @@ if [[ "$1 $2" == "-m venv" ]]; then
   cp "$0" "$3/bin/python"
   cp "$(dirname "$0")/fake-llamapro" "$3/bin/llamapro"
   cp "$(dirname "$0")/fake-llamapro" "$3/bin/ruff"
-elif [[ "$*" == *"pip"*"install"* && -e "$FAKES/FAIL" ]]; then
+elif [[ "$*" == *"pip"*"install"* && -e "$FAKES/FAIL" && "$*" == *"$(<"$FAKES/FAIL")"* ]]; then
   exit 1
 elif [[ "$*" == "-m pytest"* ]]; then
   if [[ -e "$FAKES/FAIL_TESTS" ]]; then echo "==== 1 failed, 2 passed in 3.00s ===="; exit 1; fi

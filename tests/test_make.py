@@ -100,7 +100,7 @@ def test_ci_with_one_python_runs_all_on_it(machine: Machine, ci: Path) -> None:
     only, compiled = pytest_calls(machine)
     assert "slow" not in only
     assert compiled == "python -m pytest tests/compiled"
-    assert any("[test,tpu]" in install for install in machine.installs())
+    assert any("[test,tpu,cuda12]" in install for install in machine.installs())
 
 
 def test_ci_with_only_a_newer_python_runs_all_on_it(machine: Machine, ci: Path) -> None:
@@ -111,7 +111,17 @@ def test_ci_with_only_a_newer_python_runs_all_on_it(machine: Machine, ci: Path) 
     only, compiled = pytest_calls(machine)
     assert "slow" not in only
     assert compiled == "python -m pytest tests/compiled"
-    assert any("[test,tpu]" in install for install in machine.installs())
+    assert any("[test,tpu,cuda12]" in install for install in machine.installs())
+
+
+def test_without_cuda_wheels_the_programs_for_tpus_are_compiled(
+    machine: Machine, checkout: Path
+) -> None:
+    (machine.fakes / "FAIL").write_text("cuda")
+    result = machine.run("make", "test-compiled", cwd=checkout)
+    assert result.returncode == 0, result.stderr
+    assert machine.installs()[-1].endswith("[test,tpu]")
+    assert pytest_calls(machine) == ["python -m pytest tests/compiled"]
 
 
 def test_ci_fails_with_the_summary_as_its_last_words(machine: Machine, ci: Path) -> None:
