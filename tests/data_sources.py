@@ -25,8 +25,11 @@ class ArrayRows:
         return self._count
 
     def __getitem__(self, index: int) -> Row:
-        tokens_T = np.full(self.sequence_length, self._first + index, np.int32)
-        return complete_row({"tokens": tokens_T})
+        return {name: array[0] for name, array in self.read([index]).items()}
+
+    def read(self, indices: Sequence[int]) -> Row:
+        first_N = self._first + np.asarray(indices, np.int32)
+        return complete_row({"tokens": np.repeat(first_N[:, None], self.sequence_length, axis=1)})
 
 
 class ByteTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from devices import Devices, fixture
 
 from llamapro_jax.config import MeshConfig
-from llamapro_jax.data.rows import Row
+from llamapro_jax.data.rows import Row, stack_rows
 
 LENGTH = 6
 devices = fixture(8)
@@ -22,13 +23,13 @@ class Counting:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.read: list[int] = []
+        self.seen: list[int] = []
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Row:
-        self.read.append(index)
+        self.seen.append(index)
         ones = np.ones(LENGTH, np.int32)
         return {
             "tokens": ones * index,
@@ -36,6 +37,9 @@ class Counting:
             "positions": np.arange(LENGTH, dtype=np.int32),
             "loss_mask": ones.astype(bool),
         }
+
+    def read(self, indices: Sequence[int]) -> Row:
+        return stack_rows([self[index] for index in indices], len(indices))
 
 
 def evaluated(length: int, first: int, batch_size: int, mesh: tuple[int, ...]) -> Any:
@@ -58,7 +62,7 @@ def evaluated(length: int, first: int, batch_size: int, mesh: tuple[int, ...]) -
     }
     tokens = np.asarray(batch["tokens"])
     parts = [shard.data.shape for shard in batch["tokens"].addressable_shards]
-    return tokens[:, 0], np.asarray(batch["segment_ids"])[:, 0], rows.read, max(parts)
+    return tokens[:, 0], np.asarray(batch["segment_ids"])[:, 0], rows.seen, max(parts)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from data_sources import ArrayRows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamapro_jax.data.mixture import Mixture, counts_before, pick, whole_shares
+from llamapro_jax.data.mixture import Mixture, counts_before, picks, whole_shares
 from llamapro_jax.errors import UserError
 
 weights_strategy = st.lists(
@@ -50,10 +50,10 @@ def test_counts_are_near_exact_everywhere_and_exact_in_each_cycle(
 def test_pick_counts_each_source_through(weights: list[float]) -> None:
     shares = whole_shares(weights)
     seen = [0] * len(shares)
-    for k in range(300):
-        source, count = pick(k, shares)
+    for source, count in picks(0, 300, shares):
         assert count == seen[source]
         seen[source] += 1
+    assert picks(100, 200, shares) == picks(0, 300, shares)[100:]
 
 
 def test_weights_are_by_rows_and_exact() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamapro_jax.data.columns import BadRow, BadShape, Columns
 from llamapro_jax.data.prepare import Tokenizer, prepare_text, read_fingerprint
-from llamapro_jax.data.records import SPLIT, open_builder, open_split, read_record
-from llamapro_jax.data.rows import DTYPES, Row, complete_row
+from llamapro_jax.data.records import SPLIT, open_builder, open_split
+from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
 
 KINDS = ("text", "tfds")
@@ -18,16 +20,18 @@ KINDS = ("text", "tfds")
 class Rows:
     """Random access to the rows of one split of a TFDS data set in ArrayRecord.
 
-    `rows[i]` is a dict of four arrays [T] (see `llamapro_jax.data.rows`), checked as it is read:
-    T tokens, each in [0, vocab_size). `fingerprint` is what `prepare_text` recorded (tokenizer,
-    files, documents, tokens, targets, bytes), or None for a data set made by others.
+    `rows[i]` is a dict of four arrays [T] (see `llamapro_jax.data.rows`), `rows.read(indices)` one
+    of arrays [n, T], which is faster. They are checked as they are read: T tokens, each in
+    [0, vocab_size). `fingerprint` is what `llamapro_jax.data.prepare` recorded (tokenizer, files,
+    documents, tokens, targets, bytes), or None for a data set made by others.
     """
 
     def __init__(
         self,
         name: str,
         path: str,
-        source: Any,
+        records: Any,
+        columns: Columns,
         sequence_length: int,
         vocab_size: int,
         fingerprint: dict[str, Any] | None,
@@ -37,35 +41,59 @@ class Rows:
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
-        self._source = source
+        self._records = records
+        self._columns = columns
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: row {index} of {len(self)}")
-        record = read_record(self._source, index, self.path)
-        features = {name: np.asarray(record[name]) for name in DTYPES if name in record}
-        self._check(features, index)
+        return {name: array[0] for name, array in self.read([index]).items()}
+
+    def read(self, indices: Sequence[int]) -> Row:
+        """Rows [n, T] in the order of `indices`. Raises UserError for the first that is bad."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"{self.name}: row {index} of {len(self)}")
+        if not indices:
+            return empty_rows(0, self.sequence_length)
+        try:
+            features = self._columns.decode(self._read(indices))
+        except BadShape as bad:
+            raise UserError(
+                f"{self._where(indices[bad.index])}: {bad}, the run's sequence length is "
+                f"{self.sequence_length}; set sequence_length to match, or pack the data set into "
+                "rows of that length."
+            ) from None
+        except BadRow as bad:
+            raise damaged(self.path, indices[bad.index], bad) from None
+        self._check_tokens(features["tokens"], indices)
         return complete_row(features)
 
-    def _check(self, features: dict[str, np.ndarray], index: int) -> None:
-        where = f"{self.name} ({self.path}), row {index}"
-        for name, array in features.items():
-            if array.shape != (self.sequence_length,):
-                raise UserError(
-                    f"{where}: {name!r} has shape {array.shape}, the run's sequence length is "
-                    f"{self.sequence_length}; set sequence_length to match, or pack the data set "
-                    "into rows of that length."
-                )
-        tokens_T = features["tokens"]
-        low, high = int(tokens_T.min()), int(tokens_T.max())
-        if low < 0 or high >= self.vocab_size:
-            raise UserError(
-                f"{where}: token {low if low < 0 else high} is not in the model's vocabulary of "
-                f"{self.vocab_size}; prepare the data with the model's own tokenizer."
-            )
+    def _read(self, indices: Sequence[int]) -> Sequence[bytes]:
+        try:
+            return self._records.__getitems__(indices)
+        except (RuntimeError, ValueError, OSError):
+            for index in indices:
+                try:
+                    self._records[index]
+                except (RuntimeError, ValueError, OSError) as error:
+                    raise damaged(self.path, index, error) from None
+            raise
+
+    def _where(self, index: int) -> str:
+        return f"{self.name} ({self.path}), row {index}"
+
+    def _check_tokens(self, tokens_NT: np.ndarray, indices: Sequence[int]) -> None:
+        if tokens_NT.min() >= 0 and tokens_NT.max() < self.vocab_size:
+            return
+        bad_NT = (tokens_NT < 0) | (tokens_NT >= self.vocab_size)
+        row = int(bad_NT.any(axis=1).argmax())
+        raise UserError(
+            f"{self._where(indices[row])}: token {tokens_NT[row][bad_NT[row]][0]} is not in the "
+            f"model's vocabulary of {self.vocab_size}; prepare the data with the model's own "
+            "tokenizer."
+        )
 
 
 def open_rows(
@@ -90,8 +118,9 @@ def open_rows(
     fingerprint = read_fingerprint(builder.data_path)
     if fingerprint is not None:
         _check_fingerprint(fingerprint, name, path, vocab_size, tokenizer_fingerprint)
-    source = open_split(builder, path, split)
-    return Rows(name, path, source, sequence_length, vocab_size, fingerprint)
+    records = open_split(builder, path, split).data_source
+    columns = Columns(builder.info.features, sequence_length)
+    return Rows(name, path, records, columns, sequence_length, vocab_size, fingerprint)
 
 
 def open_source(
@@ -125,6 +154,14 @@ def open_source(
         split=split,
         name=name,
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+    )
+
+
+def damaged(path: str, index: int, why: Exception) -> UserError:
+    """ArrayRecord has checksums; which one is wrong is of no use to anybody."""
+    return UserError(
+        f"{path}: row {index} cannot be read, the file is damaged or missing "
+        f"({str(why).splitlines()[0]}); remove the data set and prepare it again."
     )
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from llamapro_jax.data.rows import Row, RowSource, stack_rows
+from llamapro_jax.data.rows import Row, RowSource, empty_rows
 from llamapro_jax.errors import UserError
 
 Source = tuple[str, RowSource, float]
@@ -44,14 +44,32 @@ class Mixture:
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows [start, stop) of the global batch of `step`, equal to the same rows of `batch`."""
-        first = step * self.batch_size
-        places = [pick(first + b, self._shares) for b in range(start, stop)]
-        found: list[Row] = [
-            self._rows[source][self._orders[source][count]] for source, count in places
-        ]
-        batch = stack_rows(found, stop - start)
+        places = picks(step * self.batch_size + start, stop - start, self._shares)
+        of_source: dict[int, tuple[list[int], list[int]]] = {}
+        for b, (source, count) in enumerate(places):
+            where, indices = of_source.setdefault(source, ([], []))
+            where.append(b)
+            indices.append(self._orders[source][count])
+        read = {
+            source: (where, self._rows[source].read(indices))
+            for source, (where, indices) in of_source.items()
+        }
+        batch = _interleave(list(read.values()), stop - start, self.sequence_length)
         batch["source"] = np.array([source for source, _ in places], np.int32)
         return batch
+
+
+def _interleave(
+    parts: Sequence[tuple[list[int], Row]], rows: int, length: int
+) -> dict[str, np.ndarray]:
+    """Rows [n, T] of each part at its places of the batch."""
+    if len(parts) == 1:
+        return dict(parts[0][1])
+    batch = empty_rows(rows, length)
+    for where, part in parts:
+        for name, array_NT in part.items():
+            batch[name][where] = array_NT
+    return batch
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
@@ -78,13 +96,17 @@ def counts_before(k: int, shares: Sequence[int]) -> list[int]:
     return counts
 
 
-def pick(k: int, shares: Sequence[int]) -> tuple[int, int]:
-    """Row k of the mixture: which source it is from, and how many of that came before it."""
-    before, after = counts_before(k, shares), counts_before(k + 1, shares)
-    for source, (count, next_count) in enumerate(zip(before, after, strict=True)):
-        if next_count > count:
-            return source, count
-    raise AssertionError(f"no source for row {k} with shares {shares}")
+def picks(first: int, count: int, shares: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows [first, first + count) of the mixture: the source of each, and how many of that source
+    came before it."""
+    found = []
+    before = counts_before(first, shares)
+    for k in range(first + 1, first + count + 1):
+        after = counts_before(k, shares)
+        source = next(i for i, counted in enumerate(after) if counted > before[i])
+        found.append((source, before[source]))
+        before = after
+    return found
 
 
 class _Order:

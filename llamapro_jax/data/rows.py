@@ -37,38 +37,41 @@ class RowSource(Protocol):
 
     def __getitem__(self, index: int) -> Row: ...
 
+    def read(self, indices: Sequence[int]) -> Row:
+        """Rows [n, T], in this order."""
+
 
 def empty_rows(*shape: int) -> Row:
     """Padding alone: the four arrays, all zero, each of the given shape."""
     return {name: np.zeros(shape, dtype) for name, dtype in DTYPES.items()}
 
 
-def positions_of(segment_ids_T: np.ndarray) -> np.ndarray:
-    """Positions [T] int32 that restart at 0 wherever the segment changes; 0 in padding."""
-    index_T = np.arange(len(segment_ids_T), dtype=np.int32)
-    starts_T = np.ones(len(segment_ids_T), bool)
-    starts_T[1:] = segment_ids_T[1:] != segment_ids_T[:-1]
-    start_T = np.maximum.accumulate(np.where(starts_T, index_T, 0))
-    return np.where(segment_ids_T != 0, index_T - start_T, 0).astype(np.int32)
+def positions_of(segment_ids: np.ndarray) -> np.ndarray:
+    """Positions [..., T] int32 that restart at 0 wherever the segment changes; 0 in padding."""
+    index_T = np.arange(segment_ids.shape[-1], dtype=np.int32)
+    starts = np.ones(segment_ids.shape, bool)
+    starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    start = np.maximum.accumulate(np.where(starts, index_T, 0), axis=-1)
+    return np.where(segment_ids != 0, index_T - start, 0).astype(np.int32)
 
 
 def complete_row(features: Mapping[str, np.ndarray]) -> Row:
-    """The four arrays of a row that has at least `tokens`.
+    """The four arrays of a row [T], or of rows [n, T], that has at least `tokens`.
 
     An absent `segment_ids` means one document and no padding; absent `positions` follow from the
     segments; an absent `loss_mask` lets every token that is not padding count.
     """
-    tokens_T = np.asarray(features["tokens"], np.int32)
-    segment_ids_T = np.asarray(features.get("segment_ids", np.ones_like(tokens_T)), np.int32)
-    positions_T = features.get("positions")
-    if positions_T is None:
-        positions_T = positions_of(segment_ids_T)
-    loss_mask_T = features.get("loss_mask", segment_ids_T != 0)
+    tokens = np.asarray(features["tokens"], np.int32)
+    segment_ids = np.asarray(features.get("segment_ids", np.ones_like(tokens)), np.int32)
+    positions = features.get("positions")
+    if positions is None:
+        positions = positions_of(segment_ids)
+    loss_mask = features.get("loss_mask", segment_ids != 0)
     return {
-        "tokens": tokens_T,
-        "segment_ids": segment_ids_T,
-        "positions": np.asarray(positions_T, np.int32),
-        "loss_mask": np.asarray(loss_mask_T, np.bool_),
+        "tokens": tokens,
+        "segment_ids": segment_ids,
+        "positions": np.asarray(positions, np.int32),
+        "loss_mask": np.asarray(loss_mask, np.bool_),
     }
 
 
@@ -78,6 +81,14 @@ def stack_rows(rows: Sequence[Row], batch_size: int) -> Row:
     for b, row in enumerate(rows):
         for name, array_BT in batch.items():
             array_BT[b] = row[name]
+    return batch
+
+
+def fill_rows(rows: Row, batch_size: int) -> Row:
+    """Rows [n, T] and, behind them, as much padding (segment 0) as makes a batch [B, T]."""
+    batch = empty_rows(batch_size, rows["tokens"].shape[1])
+    for name, array_BT in batch.items():
+        array_BT[: len(rows[name])] = rows[name]
     return batch
 
 

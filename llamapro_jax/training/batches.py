@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llamapro_jax.data.rows import DTYPES, Row, RowSource, empty_rows, stack_rows
+from llamapro_jax.data.rows import DTYPES, Row, RowSource, empty_rows, fill_rows
 from llamapro_jax.sharding import batch_sharding
 
 # Rows [start, stop) of a batch, as arrays [stop - start, T].
@@ -51,6 +51,6 @@ def evaluation_batch(
         chosen = range(first + start, min(first + min(stop, batch_size), len(rows)))
         if not chosen:
             return empty_rows(stop - start, rows.sequence_length)
-        return stack_rows([rows[i] for i in chosen], stop - start)
+        return fill_rows(rows.read(chosen), stop - start)
 
     return place_batch(read, full, rows.sequence_length, mesh)
