@@ -37,7 +37,9 @@ def test_jsonl_is_one_document_a_line(tmp_path: Path) -> None:
 
 def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
     file = write(tmp_path / "latin.txt", b"abc\n" + "é".encode("latin1") + b" x")
-    with pytest.raises(UserError, match=r"latin\.txt: is not UTF-8 .* at byte 4 of it\); convert it"):
+    with pytest.raises(
+        UserError, match=r"latin\.txt: is not UTF-8 .* at byte 4 of it\); convert it"
+    ):
         list(read_documents(file))
     lines = write(tmp_path / "latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n')
     with pytest.raises(UserError, match=r"latin\.jsonl:2: is not UTF-8 .* at byte 10 of it\)"):
@@ -50,7 +52,7 @@ def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
         ('{"text": "a"', r"a\.jsonl:2: is not JSON \(.* at column 13\)"),
         ('["a"]', r"a\.jsonl:2: is a JSON list, not an object"),
         ('{"content": "a", "id": 3}', r"a\.jsonl:2: has no field 'text'; it has 'content', 'id'"),
-        ("{}", r"a\.jsonl:2: has no field 'text'; it has none"),
+        ("{}", r"a\.jsonl:2: has no field 'text'; it has none\."),
         ('{"text": ["a"]}', r"a\.jsonl:2: 'text' is a list, not a string"),
         (r'{"text": "\ud800"}', r"a\.jsonl:2: 'text' holds half of a surrogate pair"),
     ],
@@ -64,7 +66,9 @@ def test_bad_lines_name_file_and_line(tmp_path: Path, line: str, message: str) -
 def test_what_is_no_text_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.txt: no such file or directory"):
         text_files(tmp_path / "absent.txt")
-    with pytest.raises(UserError, match=r"a\.pdf: a text source is a directory or a file that"):
+    with pytest.raises(
+        UserError, match=r"a\.pdf: a source of kind 'text' is a directory or a file that"
+    ):
         text_files(write(tmp_path / "a.pdf", "x"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no file below it ends in \.txt"):

@@ -13,7 +13,6 @@ from typing import BinaryIO
 from llamapro_jax.data.packages import data_package
 from llamapro_jax.errors import UserError
 
-COMPRESSED_SUFFIXES = (".gz", ".zst")
 _BUFFER = 2**20
 
 

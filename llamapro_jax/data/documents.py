@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.data.compressed import COMPRESSED_SUFFIXES
+from llamapro_jax.data import datasets_directory, parquet, suffixes
 from llamapro_jax.data.lines import read_lines, read_whole
+from llamapro_jax.data.packages import data_package
 from llamapro_jax.errors import UserError, nearest
 
 KINDS = ("text", "code", "chat", "tfds", "datasets")
 PIECE_BYTES = 2**26
 
-_TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
-_LINES_SUFFIX = ".jsonl"
+# What the readers find: a place, data of the format, and the bytes of the source that it took.
+_Found = tuple[str, Any, int]
+_Value = str | dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,22 @@ def input_files(content: Content) -> list[Path]:
     """All files whose content decides the records, sorted by their path within the source.
 
     In a directory, names that begin with a dot and files of other kinds are passed over. Raises
-    UserError when the source is absent, of another kind, or has no such file.
+    UserError when the source is absent, of another kind, has no such file or no such split, or
+    needs a package that is not installed.
     """
-    if content.kind not in KINDS:
-        raise UserError(
-            f"{content.path}: kind is {content.kind!r}; it must be one of {', '.join(KINDS)}."
-            f"{nearest(content.kind, KINDS)}"
-        )
-    return _walk(Path(content.path))
+    path = Path(content.path)
+    match _storage(content):
+        case "tfds":
+            from llamapro_jax.data import tfds_text
+
+            return tfds_text.record_files(content.path, content.split)
+        case "datasets":
+            return datasets_directory.data_files(path, content.split)
+    found = _files(path, content.kind)
+    for file in found:
+        if file.suffix in (suffixes.PARQUET, ".zst") and content.kind != "code":
+            data_package("pyarrow", str(file))
+    return found
 
 
 def pieces(content: Content, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
@@ -106,10 +117,15 @@ def pieces(content: Content, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
 
     A source that is smaller is one piece. A file of lines is cut anywhere, Parquet between row
     groups, a data set between rows; a compressed file stays whole. Raises UserError as
-    `input_files` does, and for a field or split that the source does not have.
+    `input_files` does, and for a field that the source does not have.
     """
-    parts = (part for file in input_files(content) for part in _parts(file, piece_bytes))
-    return [Piece(content, tuple(group)) for group in _groups(parts, piece_bytes)]
+    files = input_files(content)
+    if _storage(content) == "files":
+        parts = (part for file in files for part in _parts_of_file(file, content, piece_bytes))
+    else:
+        size = sum(_size(file) for file in files)
+        parts = iter(_ranges(content.path, _count_rows(content), size, piece_bytes))
+    return [Piece(content, group) for group in _groups(parts, piece_bytes)]
 
 
 def read(piece: Piece) -> Iterator[Record | Bad]:
@@ -118,16 +134,20 @@ def read(piece: Piece) -> Iterator[Record | Bad]:
     Memory is bounded by the largest record. Raises UserError when a file cannot be read, is damaged
     or ends too early.
     """
+    taken = 0  # with what was passed over since the record before
     for part in piece.parts:
-        raw, value_of = _open(part, piece.content)
-        for where, data, size in raw:
+        found, value_of = _open(part, piece.content)
+        for where, data, size in found:
+            taken += size
             try:
                 value = value_of(data)
             except BadRecord as error:
-                yield Bad(where, str(error), size)
-                continue
-            if value:
-                yield Record(where, value, size)
+                yield Bad(where, str(error), taken)
+            else:
+                if value is None or value == "":
+                    continue
+                yield Record(where, value, taken)
+            taken = 0
 
 
 def texts(content: Content) -> Iterator[str]:
@@ -139,71 +159,149 @@ def texts(content: Content) -> Iterator[str]:
             yield record.value
 
 
-# ------------------------------------------------------------------- files and pieces
+# ------------------------------------------------------------------- sources to pieces
 
 
-def _walk(path: Path) -> list[Path]:
-    suffixes = (*_TEXT_SUFFIXES, _LINES_SUFFIX)
+def _storage(content: Content) -> str:
+    """How the source is stored: `files`, `tfds` or `datasets`."""
+    if content.kind not in KINDS:
+        raise UserError(
+            f"{content.path}: kind is {content.kind!r}; it must be one of {', '.join(KINDS)}."
+            f"{nearest(content.kind, KINDS)}"
+        )
+    if content.kind in ("tfds", "datasets"):
+        return content.kind
+    saved = content.kind == "chat" and datasets_directory.is_datasets_directory(Path(content.path))
+    return "datasets" if saved else "files"
+
+
+def _files(path: Path, kind: str) -> list[Path]:
     if path.is_dir():
         found = []
         for directory, names, files in os.walk(path):
             names[:] = [name for name in names if not name.startswith(".")]
-            found += [Path(directory, name) for name in files if not name.startswith(".")]
-        found = [file for file in found if file.suffix in suffixes and file.is_file()]
+            found += [
+                Path(directory, name)
+                for name in files
+                if not name.startswith(".") and suffixes.layout(name, kind)
+            ]
+        found = [file for file in found if file.is_file()]
         if not found:
             raise UserError(
-                f"{path}: no file below it ends in {', '.join(suffixes)}; name a directory with "
-                "text files."
+                f"{path}: no file below it ends in {suffixes.described(kind)}; name a directory "
+                f"with such files.{_other_kind(path)}"
             )
         return sorted(found, key=lambda file: file.relative_to(path).as_posix())
     if not path.exists():
         raise UserError(f"{path}: no such file or directory.")
-    if path.suffix not in suffixes:
+    if not suffixes.layout(path.name, kind):
         raise UserError(
-            f"{path}: a text source is a directory or a file that ends in {', '.join(suffixes)}, "
-            f"not in {path.suffix!r}; rename or convert it."
+            f"{path}: a source of kind {kind!r} is a directory or a file that ends in "
+            f"{suffixes.described(kind)}, not in {path.suffix!r}; rename or convert it."
         )
     return [path]
 
 
-def _parts(file: Path, piece_bytes: int) -> Iterator[Part]:
-    size = file.stat().st_size
-    cut = file.suffix == _LINES_SUFFIX
-    for start, stop in _ranges(size, size if cut else 0, piece_bytes):
-        yield Part(str(file), start, stop, stop - start)
+def _other_kind(path: Path) -> str:
+    if datasets_directory.is_datasets_directory(path):
+        return " `save_to_disk` wrote this one: set kind to 'datasets'."
+    if next(path.glob("**/dataset_info.json"), None):
+        return " This one looks like a TFDS data set: set kind to 'tfds'."
+    return ""
 
 
-def _ranges(length: int, size: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
+def _parts_of_file(file: Path, content: Content, piece_bytes: int) -> Iterator[Part]:
+    size = _size(file)
+    match suffixes.layout(file.name, content.kind):
+        case "parquet":
+            for group, stored in enumerate(parquet.row_groups(file, _column(content))):
+                yield Part(str(file), group, group + 1, stored)
+        case "lines" if file.suffix == suffixes.LINES:
+            yield from _ranges(str(file), size, size, piece_bytes)
+        case _:
+            yield Part(str(file), 0, size, size)
+
+
+def _ranges(path: str, length: int, size: int, piece_bytes: int) -> Iterator[Part]:
     """[0, length) in equal ranges, as few as have at most `piece_bytes` of the `size` bytes."""
     count = max(1, -(-size // piece_bytes))
     for i in range(count):
-        yield i * length // count, (i + 1) * length // count
+        start, stop = i * length // count, (i + 1) * length // count
+        yield Part(path, start, stop, size * (stop - start) // max(1, length))
 
 
-def _groups(parts: Iterable[Part], piece_bytes: int) -> Iterator[list[Part]]:
+def _groups(parts: Iterable[Part], piece_bytes: int) -> Iterator[tuple[Part, ...]]:
+    """Parts gathered in order while they fit into `piece_bytes`; neighbours become one."""
     group: list[Part] = []
+    size = 0
     for part in parts:
-        if group and sum(one.bytes for one in group) + part.bytes > piece_bytes:
-            yield group
-            group = []
+        if group and size + part.bytes > piece_bytes:
+            yield tuple(group)
+            group, size = [], 0
+        size += part.bytes
+        if group and (group[-1].path, group[-1].stop) == (part.path, part.start):
+            last = group.pop()
+            part = replace(last, stop=part.stop, bytes=last.bytes + part.bytes)
         group.append(part)
     if group:
-        yield group
+        yield tuple(group)
 
 
-# ------------------------------------------------------------------- values
+def _count_rows(content: Content) -> int:
+    if content.kind == "tfds":
+        from llamapro_jax.data import tfds_text
+
+        return tfds_text.count_rows(content.path, content.split, content.field)
+    return datasets_directory.count_rows(Path(content.path), content.split, _column(content))
 
 
-def _open(
-    part: Part, content: Content
-) -> tuple[Iterator[tuple[str, Any, int]], Callable[[Any], str | dict[str, Any]]]:
-    """The raw records of a part (place, data, bytes), and what makes values of their data."""
+def _column(content: Content) -> str | None:
+    """The column that is read; None: a conversation is the whole row."""
+    return None if content.kind == "chat" else content.field
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+
+
+# ------------------------------------------------------------------- parts to values
+
+
+def _open(part: Part, content: Content) -> tuple[Iterable[_Found], Callable[[Any], _Value]]:
+    """What a part holds, and what makes a value of the data of each."""
+    column = _column(content)
+    storage = _storage(content)
+    if storage != "files":
+        row_bytes = part.bytes // max(1, part.stop - part.start)
+        rows = ((where, data, row_bytes) for where, data in _rows(part, content, storage))
+        return rows, (lambda row: row) if column is None else (lambda data: _text(data, column))
     file = Path(part.path)
-    name = file.with_suffix("") if file.suffix in COMPRESSED_SUFFIXES else file
-    if name.suffix == _LINES_SUFFIX:
-        lines = read_lines(file, part.start, part.stop)
-        return lines, lambda line: _text(_json_object(line), content.field)
-    return iter([(part.path, read_whole(file), part.bytes)]), _decode
+    match suffixes.layout(file.name, content.kind):
+        case "lines":
+            lines = read_lines(file, part.start, part.stop)
+            if column is None:
+                return lines, _conversation
+            return lines, lambda line: _field(_json_object(line, column), column)
+        case "parquet":
+            rows = parquet.read_rows(file, column, part.start, part.stop)
+            if column is None:
+                return rows, _python_value
+            return rows, lambda scalar: _text(scalar.as_py(), column)
+    whole = [(part.path, read_whole(file), part.bytes)]
+    return whole, _source_code if content.kind == "code" else _decode
+
+
+def _rows(part: Part, content: Content, storage: str) -> Iterator[tuple[str, Any]]:
+    if storage == "tfds":
+        from llamapro_jax.data import tfds_text
+
+        return tfds_text.read_rows(part.path, content.split, content.field, part.start, part.stop)
+    return datasets_directory.read_rows(
+        Path(part.path), content.split, _column(content), part.start, part.stop
+    )
 
 
 def _decode(data: bytes) -> str:
@@ -211,50 +309,75 @@ def _decode(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord(
-            f"is not UTF-8 ({error.reason} at byte {error.start} of it); convert it, for instance with "
-            "`iconv -f latin1 -t utf-8`."
+            f"is not UTF-8 ({error.reason} at byte {error.start} of it); convert it, for instance "
+            "with `iconv -f latin1 -t utf-8`."
         ) from None
 
 
-def _json_object(data: bytes) -> dict[str, Any] | None:
+def _source_code(data: bytes) -> str:
+    """The text of a file; nothing when it is binary."""
+    return "" if b"\0" in data else _decode(data)
+
+
+def _json_object(data: bytes, field: str) -> dict[str, Any] | None:
     """The object on a line; None when the line is blank."""
     line = _decode(data).rstrip()
     if not line:
         return None
+    mend = f'each line must be one object such as {{"{field}": ...}}.'
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise BadRecord(
-            f"is not JSON ({error.msg} at column {error.colno}); each line must be one object such "
-            'as {"text": "..."}.'
-        ) from None
+        raise BadRecord(f"is not JSON ({error.msg} at column {error.colno}); {mend}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
-        raise BadRecord(f"is not JSON that can be read ({error}).") from None
+        raise BadRecord(f"is JSON that cannot be read ({error}); {mend}") from None
     if not isinstance(record, dict):
-        raise BadRecord(
-            f"is a JSON {type(record).__name__}, not an object; each line must be one object such "
-            'as {"text": "..."}.'
-        )
+        raise BadRecord(f"is a JSON {type(record).__name__}, not an object; {mend}")
     return record
 
 
-def _text(record: dict[str, Any] | None, field: str) -> str:
+def _conversation(data: bytes) -> dict[str, Any] | None:
+    record = _json_object(data, "messages")
+    # In UTF-8 there are no surrogates, so that only an escape can bring one.
+    if re.search(rb"\\u[dD][89a-fA-F]", data):
+        _require_characters(json.dumps(record, ensure_ascii=False), "it")
+    return record
+
+
+def _field(record: dict[str, Any] | None, field: str) -> str:
     if record is None:
         return ""
     if field not in record:
         raise BadRecord(
-            f"has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}. Set the "
-            "source's `field` to the one that holds the document."
+            f"has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}. Set `field` "
+            "to the one that holds the document."
         )
-    text = record[field]
-    if not isinstance(text, str):
-        raise BadRecord(
-            f"{field!r} is a {type(text).__name__}, not a string; write the document as one string."
-        )
+    return _text(record[field], field)
+
+
+def _text(value: Any, field: str) -> str:
+    if isinstance(value, bytes):
+        return _decode(value)
+    if not isinstance(value, str):
+        found = "null" if value is None else f"a {type(value).__name__}"
+        raise BadRecord(f"{field!r} is {found}, not a string; write the document as one string.")
+    _require_characters(value, repr(field))
+    return value
+
+
+def _require_characters(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
         raise BadRecord(
-            f"{field!r} holds half of a surrogate pair, which is no character; remove it."
+            f"{name} holds half of a surrogate pair, which is no character; remove it."
         ) from None
-    return text
+
+
+def _python_value(scalar: Any) -> dict[str, Any]:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            f"holds a string that is not UTF-8 ({error.reason}); write the file again."
+        ) from None

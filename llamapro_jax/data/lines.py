@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamapro_jax.data.compressed import COMPRESSED_SUFFIXES, open_bytes
+from llamapro_jax.data.compressed import open_bytes
+from llamapro_jax.data.suffixes import COMPRESSED
 from llamapro_jax.errors import UserError
 
 # No document is this long: what is, is no file of lines, or expands without end.
@@ -22,7 +23,7 @@ def read_lines(file: Path, start: int, stop: int) -> Iterator[tuple[str, bytes, 
     for a file that cannot be read.
     """
     with open_bytes(file) as (data, read_of_file):
-        if file.suffix in COMPRESSED_SUFFIXES:
+        if file.suffix in COMPRESSED:
             yield from _compressed_lines(file, data, read_of_file)
         else:
             yield from _lines_of_range(file, data, start, stop)
@@ -36,7 +37,9 @@ def read_whole(file: Path) -> bytes:
     return content
 
 
-def _compressed_lines(file: Path, data: BinaryIO, read_of_file) -> Iterator[tuple[str, bytes, int]]:
+def _compressed_lines(
+    file: Path, data: BinaryIO, read_of_file: Callable[[], int]
+) -> Iterator[tuple[str, bytes, int]]:
     number = before = 0
     while line := data.readline(LARGEST + 1):
         number += 1
