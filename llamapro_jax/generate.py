@@ -66,12 +66,12 @@ def padded_length(tokens: int) -> int:
     return max(16, 1 << (tokens - 1).bit_length())
 
 
-def empty_cache(program: Program, slots: int) -> Cache:
+def empty_cache(program: Program, slots: int, rows: int = 1) -> Cache:
     """Zeros of the cache's shape, for the blocks that run."""
     config = program.config
 
     def of(repeats: int, blocks: int) -> KeyValues | None:
-        shape = (repeats, blocks, 1, slots, config.num_kv_heads, config.head_dim)
+        shape = (repeats, blocks, rows, slots, config.num_kv_heads, config.head_dim)
         return KeyValues(jnp.zeros(shape, program.dtype), jnp.zeros(shape, program.dtype))
 
     base = [of(s.repeats, s.base) if s.base else None for s in program.segments]
@@ -80,20 +80,29 @@ def empty_cache(program: Program, slots: int) -> Cache:
     return base, new
 
 
-def _run(
-    program: Program, params: Params, cache: Cache, tokens_BT: jax.Array, start: jax.Array
+def run_with_cache(
+    program: Program,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    padding_B: jax.Array | int = 0,
 ) -> tuple[jax.Array, Cache]:
-    """The blocks for tokens at positions start, start + 1, ...: [B, T, D] before the last norm."""
+    """The blocks for tokens in slots start, start + 1, ...: [B, T, D] before the last norm.
+
+    The first `padding` slots of a row are never seen; its positions count from the one after.
+    """
     config = program.config
     slots = jax.tree.leaves(cache)[0].shape[3]
-    positions_BT = start + jnp.arange(tokens_BT.shape[1])[None]
-    slots_BS = jnp.arange(slots)[None]
-    # A slot holds the token of the same position, so that causality hides the unwritten ones.
+    padding_B1 = jnp.reshape(jnp.asarray(padding_B, jnp.int32), (-1, 1))
+    positions_BT = start + jnp.arange(tokens_BT.shape[1])[None] - padding_B1
+    slot_positions_BS = jnp.arange(slots)[None] - padding_B1
+    # Slots are in the order of positions, so that causality hides the unwritten ones.
     mask_BTS = attention_mask(
         positions_BT,
-        slots_BS,
+        slot_positions_BS,
         jnp.zeros_like(positions_BT),
-        jnp.zeros_like(slots_BS),
+        (slot_positions_BS < 0).astype(jnp.int32),
         config.sliding_window,
     )
     context = Context(*rope_tables(config, positions_BT), mask_BTS, start)
@@ -109,11 +118,11 @@ def _run(
         return run_blocks(body, x_BTD, program.segments, base, new, program.with_new)
 
 
-def _scores(program: Program, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """The scores [V] of the token after the only one in `x`."""
-    x_BTD = rms_norm(x_BTD, params["final_norm"], program.config.rms_norm_eps)
+def last_scores(program: Program, params: Params, x_B1D: jax.Array) -> jax.Array:
+    """The scores [B, V] of the token after the only one in each row of `x`."""
+    x_B1D = rms_norm(x_B1D, params["final_norm"], program.config.rms_norm_eps)
     with full_precision(program.dtype):
-        return logits(params, x_BTD)[0, 0]
+        return logits(params, x_B1D)[:, 0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -122,13 +131,13 @@ def _prefill(
 ) -> tuple[jax.Array, Cache]:
     """The first new token, and a cache of as many slots as the padded prompt has tokens."""
     cache = empty_cache(program, tokens_BT.shape[1])
-    x_BTD, cache = _run(program, params, cache, tokens_BT, jnp.int32(0))
+    x_BTD, cache = run_with_cache(program, params, cache, tokens_BT, jnp.int32(0))
     last_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, length - 1, 1, axis=1)
-    return choose(_scores(program, params, last_BTD), draw.at(length)), cache
+    return choose(last_scores(program, params, last_BTD)[0], draw.at(length)), cache
 
 
 @partial(jax.jit, static_argnums=1)
-def _grow(cache: Cache, slots: int) -> Cache:
+def grow(cache: Cache, slots: int) -> Cache:
     """The cache with more slots."""
 
     def longer(array: jax.Array) -> jax.Array:
@@ -148,8 +157,8 @@ def _decode(
     draw: Draw,
 ) -> tuple[jax.Array, Cache]:
     """The token after `token`, which stands at `position`."""
-    x_BTD, cache = _run(program, params, cache, token[None, None], position)
-    return choose(_scores(program, params, x_BTD), draw.at(position + 1)), cache
+    x_BTD, cache = run_with_cache(program, params, cache, token[None, None], position)
+    return choose(last_scores(program, params, x_BTD)[0], draw.at(position + 1)), cache
 
 
 def stop_ids(model: Model) -> frozenset[int]:
@@ -224,7 +233,7 @@ def _stream(
     padded = np.zeros((1, padded_length(length)), np.int32)
     padded[0, :length] = tokens
     token, cache = _prefill(program, model.params, padded, np.int32(length), draw)
-    cache = _grow(cache, padded_length(length + max_tokens))
+    cache = grow(cache, padded_length(length + max_tokens))
     for position in range(length, length + max_tokens):
         made = token
         if position + 1 < length + max_tokens:

@@ -1,9 +1,11 @@
-"""How likely a model finds given texts, many at a time: what lm-evaluation-harness asks of one.
+"""How likely a model finds given texts, and what it says next, many at a time: the two things that
+lm-evaluation-harness asks of a model.
 
-Rows are padded to a few lengths, each compiled once, and only the tokens that are asked about meet
-the vocabulary. Requests that differ in their last token alone (choices A, B, C, D) are one row.
+Rows are padded to a few lengths, each compiled once. Of a likelihood only the tokens that are asked
+about meet the vocabulary, and requests that differ in their last token alone (choices A, B, C, D)
+are one row.
 
-Legend: B batch, T row length, N tokens asked about, D model, V vocabulary.
+Legend: B batch, T row length, S slots of the cache, N tokens asked about, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +21,17 @@ import numpy as np
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import Segment
+from llamapro_jax.generate import (
+    DECODER_CONTEXT,
+    Cache,
+    Program,
+    empty_cache,
+    grow,
+    last_scores,
+    run_with_cache,
+    stop_ids,
+)
+from llamapro_jax.hf.tokenizer import Tokenizer
 from llamapro_jax.model.api import Model
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
@@ -186,6 +199,158 @@ def _asked(
             yield request, float(value), bool(is_best)
 
 
+# ------------------------------------------------------------------- greedy texts
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(
+    program: Program, params: Params, tokens_BT: jax.Array, padding_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """The likeliest token after each row, [B], and a cache of T slots."""
+    cache = empty_cache(program, tokens_BT.shape[1], len(tokens_BT))
+    return _next(program, params, cache, tokens_BT, jnp.int32(0), padding_B)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    program: Program,
+    params: Params,
+    cache: Cache,
+    tokens_B: jax.Array,
+    slot: jax.Array,
+    padding_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """The likeliest token after `tokens`, which go into `slot` of each row."""
+    return _next(program, params, cache, tokens_B[:, None], slot, padding_B)
+
+
+def _next(
+    program: Program,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    slot: jax.Array,
+    padding_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    x_BTD, cache = run_with_cache(program, params, cache, tokens_BT, slot, padding_B)
+    scores_BV = last_scores(program, params, x_BTD[:, -1:])
+    return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32), cache
+
+
+class _Text:
+    """The text that follows one prompt, as its ids come in, until something ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], until: Sequence[str]) -> None:
+        self.text, self.done = "", False
+        self._until = until
+        self._decoder = tokenizer.stream_decoder()
+        for token in prompt[-DECODER_CONTEXT:]:
+            self._decoder.push(token)
+
+    def push(self, token: int) -> None:
+        self._add(self._decoder.push(token))
+
+    def end(self) -> None:
+        if not self.done:
+            self._add(self._decoder.flush())
+            self.done = True
+
+    def _add(self, piece: str) -> None:
+        before = len(self.text)
+        self.text += piece
+        found = (self.text.find(s, max(before - len(s) + 1, 0)) for s in self._until)
+        ends = [at for at in found if at >= 0]
+        if ends:
+            self.text, self.done = self.text[: min(ends)], True
+
+
+def generate_until(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    until: Sequence[str] = (),
+    batch_size: int = 8,
+    max_length: int | None = None,
+    new_blocks: bool = True,
+    progress: str | None = None,
+) -> list[str]:
+    """The text that greedy decoding puts after each prompt of ids.
+
+    It ends before the first of the strings `until`, before an end token, or after `max_tokens`.
+    max_length: of prompt and text together, in tokens, None for all the model's positions; of a
+    longer prompt the beginning is left out, as in lm-evaluation-harness. The text is decoded as it
+    stands behind its prompt: a space or an indentation before its first word is part of it.
+
+    Raises:
+      UserError: an empty prompt or stop, an id outside the vocabulary, a value out of range, a
+        model without a tokenizer.
+    """
+    max_length = check_max_length(model, max_length)
+    check_batch_size(batch_size)
+    model.check_new_blocks(new_blocks)
+    if not 1 <= max_tokens < max_length:
+        raise UserError(
+            f"max_tokens is {max_tokens}; it must be from 1 to {max_length - 1}, so that of the "
+            f"{max_length} positions one is left for the prompt."
+        )
+    if "" in until:
+        raise UserError("until: holds an empty string, which would end every text; remove it.")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number}: is empty; give it the begin token.")
+    _check_ids(model, prompts)
+    tokenizer = model.require_tokenizer()
+    cut = [list(prompt)[max_tokens - max_length :] for prompt in prompts]
+    texts = [_Text(tokenizer, prompt, until) for prompt in cut]
+    order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
+    program = Program(model.config, model.plan.segments, model.dtype, new_blocks)
+    starts = range(0, len(order), batch_size)
+    for start in starts if progress is None else tracked(starts, progress):
+        batch = order[start : start + batch_size]
+        _continue(
+            *(model, program, [cut[i] for i in batch], [texts[i] for i in batch]),
+            *(max_tokens, batch_size),
+        )
+    return [text.text for text in texts]
+
+
+def _continue(
+    model: Model,
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[_Text],
+    max_tokens: int,
+    batch_size: int,
+) -> None:
+    """Gives each text the ids that follow its prompt; the longest prompt is the first."""
+    stops, length = stop_ids(model), row_length(len(prompts[0]))
+    tokens_BT = np.zeros((batch_size, length), np.int32)
+    padding_B = np.full(batch_size, length - 1, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens_BT[i, length - len(prompt) :] = prompt
+        padding_B[i] = length - len(prompt)
+    tokens_B, cache = _prefill(program, model.params, tokens_BT, padding_B)
+    cache = grow(cache, row_length(length + max_tokens))
+    for slot in range(length, length + max_tokens):
+        made = tokens_B
+        if slot + 1 < length + max_tokens:
+            # Started before these tokens are looked at, so that the device does not wait for us.
+            tokens_B, cache = _decode(program, model.params, cache, made, np.int32(slot), padding_B)
+        for token, text in zip(np.asarray(made).tolist(), texts, strict=False):
+            if token in stops:
+                text.end()
+            elif not text.done:
+                text.push(token)
+        if all(text.done for text in texts):
+            return
+    for text in texts:
+        text.end()
+
+
+# ------------------------------------------------------------------- checks
+
+
 def _check_requests(model: Model, requests: Sequence[Request], max_length: int) -> None:
     for number, (context, continuation) in enumerate(requests):
         if not len(context):
@@ -199,6 +364,10 @@ def _check_requests(model: Model, requests: Sequence[Request], max_length: int) 
                 f"request {number}: has {len(continuation)} tokens to score, more than the "
                 f"{max_length} that go through the model at once; shorten it, or score it in parts."
             )
-    ids = np.fromiter(chain.from_iterable(chain(*pair) for pair in requests), np.int64)
+    _check_ids(model, [ids for pair in requests for ids in pair])
+
+
+def _check_ids(model: Model, rows: Sequence[Sequence[int]]) -> None:
+    ids = np.fromiter(chain.from_iterable(rows), np.int64)
     if ids.size:
         model.check_tokens(ids[None])

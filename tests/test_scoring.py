@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import english, expand_to, random_model, write_with_tokenizer
+from models import disturbed, english, expand_to, random_model, save, write_with_tokenizer
 
 from llamapro_jax import UserError, scoring
+from llamapro_jax.expansion import spread
 from llamapro_jax.model.api import Model, load
-from llamapro_jax.scoring import loglikelihoods, row_length
+from llamapro_jax.scoring import generate_until, loglikelihoods, row_length
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,9 @@ def some_requests(model: Model, number: int = 11) -> list[tuple[list[int], list[
 def by_hand(model: Model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     longest = model.config.max_position_embeddings
     tokens = (context + continuation)[-(longest + 1) :]
-    scores = np.asarray(model.logits([tokens[:-1]]), np.float64)[0, -len(continuation) :]
+    end = len(tokens) - 1
+    padded = tokens[:-1] + [0] * (longest - end)  # one length, compiled once
+    scores = np.asarray(model.logits([padded]), np.float64)[0, end - len(continuation) : end]
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     return (
         float(log_p[np.arange(len(continuation)), continuation].sum()),
@@ -41,16 +44,9 @@ def by_hand(model: Model, context: list[int], continuation: list[int]) -> tuple[
     )
 
 
-def greedy_continuation(model: Model, context: list[int], tokens: int) -> list[int]:
-    made: list[int] = []
-    for _ in range(tokens):
-        made.append(int(np.asarray(model.logits([context + made]))[0, -1].argmax()))
-    return made
-
-
 def test_each_request_is_what_its_own_logits_say(model: Model) -> None:
     requests = some_requests(model)
-    requests.append(([1, 5, 9], greedy_continuation(model, [1, 5, 9], 3)))
+    requests.append(([1, 5, 9], model.generate([1, 5, 9], max_tokens=3)))
     results = loglikelihoods(model, requests, batch_size=3)
     for (log_p, greedy), request in zip(results, requests, strict=True):
         expected, is_greedy = by_hand(model, *request)
@@ -91,8 +87,6 @@ def test_requests_that_differ_in_the_last_token_are_one_row(
 
 def test_without_the_new_blocks_it_is_the_base(tmp_path: Path) -> None:
     base = random_model(tmp_path / "a")
-    from llamapro_jax.expansion import spread
-
     grown = random_model(tmp_path / "b", spread(4, 2))
     requests = some_requests(base)
     expected = loglikelihoods(base, requests)
@@ -132,8 +126,9 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = write_with_tokenizer(tmp_path / "base")
-    ours = load(str(expand_to(path, tmp_path / "grown")))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "grown")).eval()
+    ours = disturbed(load(str(expand_to(path, tmp_path / "grown"))))
+    model = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = model(str(save(ours, tmp_path / "model"))).eval()
     tokenizer = ours.require_tokenizer()
     ids = [tokenizer.encode(english(seed, 12)) for seed in range(6)]
     requests = [(one[: 3 + i], one[3 + i :]) for i, one in enumerate(ids)]
@@ -145,3 +140,82 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
             scores = theirs(tokens).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
         expected = scores.gather(-1, tokens[0, len(context) :, None]).sum().item()
         assert log_p == pytest.approx(expected, abs=1e-4)
+
+
+# ------------------------------------------------------------------- greedy texts
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A random model with a tokenizer, of which one cannot tell the end by an id."""
+    path = write_with_tokenizer(tmp_path_factory.mktemp("speaker") / "base")
+    return load(str(path))
+
+
+@pytest.fixture(scope="module")
+def prompts(speaker: Model) -> list[list[int]]:
+    tokenizer = speaker.require_tokenizer()
+    return [tokenizer.encode(english(seed, 2 + 3 * seed).strip()) for seed in range(5)]
+
+
+def said(speaker: Model, prompt: list[int], ids: list[int]) -> str:
+    """The text of the ids as it stands behind the prompt."""
+    decoder = speaker.require_tokenizer().stream_decoder()
+    for token in prompt:
+        decoder.push(token)
+    return "".join(map(decoder.push, ids)) + decoder.flush()
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_texts_of_a_batch_are_those_generated_alone(
+    batch_size: int, speaker: Model, prompts: list[list[int]]
+) -> None:
+    texts = generate_until(speaker, prompts, max_tokens=8, batch_size=batch_size)
+    assert len({len(prompt) for prompt in prompts}) == 5
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text == said(speaker, prompt, speaker.generate(prompt, max_tokens=8)) != ""
+
+
+def test_texts_end_before_the_first_of_the_stops(speaker: Model, prompts: list[list[int]]) -> None:
+    whole = generate_until(speaker, prompts[:2], max_tokens=8)[1]
+    late, early = whole[5:7], whole[2:4]
+    expected = whole[: min(whole.find(late), whole.find(early))]
+    assert generate_until(speaker, prompts[:2], max_tokens=8, until=[late, early])[1] == expected
+
+
+def test_an_end_token_ends_a_text_and_not_the_others(
+    speaker: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [speaker.generate(prompt, max_tokens=6) for prompt in prompts]
+    end = ids[0][3]
+    monkeypatch.setattr(scoring, "stop_ids", lambda model: {end})
+    texts = generate_until(speaker, prompts, max_tokens=6)
+    for i, text in enumerate(texts):
+        kept = ids[i][: ids[i].index(end)] if end in ids[i] else ids[i]
+        assert text == said(speaker, prompts[i], kept)
+
+
+def test_a_long_prompt_loses_its_beginning(speaker: Model, prompts: list[list[int]]) -> None:
+    long = [i for prompt in prompts * 3 for i in prompt]
+    assert len(long) > 64
+    expected = generate_until(speaker, [long[-56:]], max_tokens=8)
+    assert generate_until(speaker, [long], max_tokens=8) == expected
+    shorter = generate_until(speaker, [long[-12:]], max_tokens=8)
+    assert generate_until(speaker, [long], max_tokens=8, max_length=20) == shorter
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "prompt 0: is empty; give it the begin token"),
+        ([999], {}, "id 999 is not in the vocabulary"),
+        ([1], {"max_tokens": 64}, "max_tokens is 64; it must be from 1 to 63"),
+        ([1], {"max_tokens": 0}, "max_tokens is 0"),
+        ([1], {"until": ["a", ""]}, "until: holds an empty string"),
+    ],
+)
+def test_texts_that_cannot_be_made(
+    prompt: list[int], options: dict, message: str, speaker: Model
+) -> None:
+    with pytest.raises(UserError, match=message):
+        generate_until(speaker, [prompt], **{"max_tokens": 4, **options})
