@@ -167,7 +167,7 @@ assert not {{"tensorflow", "torch", "jax"}} & set(sys.modules)
     assert list(home.iterdir()) == []
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("preparing text: 100 %, 3 documents, ")
+    assert len(lines) == 1 and lines[0].startswith("preparing my texts: 100 %, 3 documents, ")
 
 
 def test_progress_is_plain_and_rare_without_a_terminal(

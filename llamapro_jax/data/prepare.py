@@ -1,99 +1,283 @@
-"""Text files to a prepared data set: tokenise, pack, write, once for each content and tokenizer."""
+"""A source to a prepared data set: tokenise, pack, write, once for each content and tokenizer.
+
+A data set is a TFDS directory in ArrayRecord with the splits `train` and, of a source with a
+`held_out` share, `validation`; `fingerprint.json` with what went in and the counts; and
+`tokenizer/`. Each piece of the source becomes one shard, so the bytes do not depend on how many
+processes make them, or on whether a run was killed in between.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from llamapro_jax.data.packing import pack
-from llamapro_jax.data.records import write_rows
-from llamapro_jax.data.rows import Row
-from llamapro_jax.data.text import read_documents, text_files
+from llamapro_jax.data.documents import Content, Piece, input_files, pieces
+from llamapro_jax.data.identity import Identity, check_states, differences, identify, states
+from llamapro_jax.data.processes import available_cores, make_pieces
+from llamapro_jax.data.progress import Display
+from llamapro_jax.data.records import SPLIT, write_metadata
+from llamapro_jax.data.shards import BAD_RECORDS_KEPT, Counts, Recipe, Seen, Tokenizer
+from llamapro_jax.data.work import Result, Work, working
 from llamapro_jax.errors import UserError
-from llamapro_jax.files import atomic_directory, read_json, write_json
+from llamapro_jax.files import read_json, require_new_directory, write_json
+from llamapro_jax.hf.tokenizer import Tokenizer as ModelTokenizer
+from llamapro_jax.hf.tokenizer import write_tokenizer
+
+__all__ = ["Preparation", "Tokenizer", "fingerprint", "prepare", "read_fingerprint"]
 
 FINGERPRINT_FILE = "fingerprint.json"
-# Raise it when the same text would give other rows than before.
-_FORMAT = 1
-_CHARACTERS_AT_ONCE = 2**20
+TOKENIZER_DIRECTORY = "tokenizer"
+# A share of bad records is judged before the end only when so many were read.
+_RECORDS_TO_JUDGE = 1000
 
 
-class Tokenizer(Protocol):
-    """What preparing text needs of a tokenizer."""
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """One source that is to become one data set. Made, it is checked; `run` does the work.
 
-    @property
-    def fingerprint(self) -> str: ...
+    target: the directory of the data set. cache: instead, where `STEM-HASH` is made. template: of
+    kind `chat`, as `ChatTemplate.load` takes it. held_out: share of the documents that go to the
+    split `validation`, by a hash of their content. max_bad: largest share of the records that may
+    be bad; with 0 the first one ends it. workers: processes; None: one a core. label: what
+    messages call it.
 
-    def encode_batch(
-        self, texts: Sequence[str], *, bos: bool = True, eos: bool = True
-    ) -> list[list[int]]: ...
-
-
-@dataclasses.dataclass
-class Counts:
-    """What went into a data set. `bytes` are UTF-8 bytes of the text, `targets` predicted tokens.
-
-    A token is a target unless it is the first of its segment, so that the loss in nats of all rows
-    is `targets` x their mean, and bits per byte follow.
+    Raises UserError for a source that is absent or of another kind, and a template that cannot be
+    used.
     """
 
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    targets: int = 0
-    rows: int = 0
-    largest_token: int = 0
+    content: Content
+    tokenizer: Tokenizer
+    sequence_length: int
+    target: Path | None = None
+    cache: Path | None = None
+    template: str = "llama_pro"
+    held_out: float = 0.0
+    max_bad: float = 0.0
+    workers: int | None = 1
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.target is None) == (self.cache is None):
+            raise ValueError("exactly one of target and cache is needed")
+        if self.content.kind == "chat":
+            _ = self._template_fingerprint
+        _ = self.pieces
+
+    @cached_property
+    def files(self) -> list[Path]:
+        return input_files(self.content)
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        return pieces(self.content)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Reads all files of the source."""
+        return identify(
+            self.content,
+            self.tokenizer.fingerprint,
+            self.sequence_length,
+            self._template_fingerprint,
+            self.held_out,
+            self.files,
+            len(self.pieces),
+        )
+
+    @cached_property
+    def directory(self) -> Path:
+        """Of the data set."""
+        if self.target is not None:
+            return self.target
+        assert self.cache is not None
+        name = Path(self.content.path).resolve().stem
+        stem = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "text"
+        return self.cache / f"{stem}-{self.identity.digest[:12]}"
+
+    @cached_property
+    def _template_fingerprint(self) -> str | None:
+        if self.content.kind != "chat":
+            return None
+        from llamapro_jax.data.chat import ChatTemplate
+
+        return ChatTemplate.load(self.template, self.tokenizer).fingerprint
+
+    def is_done(self) -> bool:
+        """Whether the data set is there. Raises UserError when another is in its place."""
+        record = read_fingerprint(self.directory)
+        if record is None:
+            require_new_directory(self.directory)
+            return False
+        if record.get("fingerprint") != self.identity.digest:
+            raise UserError(
+                f"{self.directory}: was prepared differently: "
+                f"{differences(record, self.identity)}. Remove it, or name another output."
+            )
+        if "bad" in record:
+            self._check_bad(record["bad"], record["records"], record)
+        return True
+
+    def run(self) -> Path:
+        """Makes the data set unless it is there; what was finished before is not made again.
+
+        Memory is bounded: by a batch and the largest document, in each process. Raises UserError
+        for bad records beyond `max_bad`, files that cannot be read or change meanwhile, a source
+        without text, another data set in its place, and a second process that prepares it.
+        """
+        before = states(self.files)
+        if self.is_done():
+            return self.directory
+        with working(self.directory, self.identity.digest, self.cache is not None) as work:
+            if self.is_done():  # by another process, while this one waited
+                work.drop_if_empty()
+                return self.directory
+            results = self._make(work)
+            check_states(self.files, before)
+            self._finish(work, results)
+        return self.directory
+
+    def _make(self, work: Work) -> list[Result]:
+        """The results of all pieces, in order."""
+        count = len(self.pieces)
+        results = work.results(count)
+        tasks = [(i, piece) for i, piece in enumerate(self.pieces) if i not in results]
+        recipe = Recipe(self.tokenizer, self.sequence_length, self.template, self.held_out)
+        workers = available_cores() if self.workers is None else self.workers
+        label = self.label or Path(self.content.path).name
+        seen = Seen()
+        with Display(label, sum(piece.bytes for piece in self.pieces)) as display:
+
+            def report(more: Seen) -> None:
+                seen.add(more)
+                self._check_seen(seen)
+                display.add(more)
+
+            for index in sorted(results):
+                seen.add(results[index].seen)
+                display.done_before(results[index].seen)
+            results |= make_pieces(tasks, work, recipe, workers, report)
+            ordered = [results[index] for index in range(count)]
+            total = _total_seen(ordered)
+            self._check_bad(total.bad, total.records, _bad_record(total))
+        return ordered
+
+    def _check_seen(self, seen: Seen) -> None:
+        """Ends it early, when so many are bad that all which are left would have to be good."""
+        if self.max_bad == 0 or seen.records >= _RECORDS_TO_JUDGE:
+            total_bytes = sum(piece.bytes for piece in self.pieces)
+            expected = seen.records * max(1.0, total_bytes / max(1, seen.bytes))
+            self._check_bad(seen.bad, expected, _bad_record(seen))
+
+    def _check_bad(self, bad: int, records: float, record: Mapping[str, Any]) -> None:
+        if bad <= self.max_bad * records:
+            return
+        first = record["bad_records"][0]
+        message = f"{first['where']}: {first['why']}"
+        if self.max_bad > 0:
+            raise UserError(
+                f"{self.content.path}: {bad:,} of its records are bad, of {records:,.0f}, which is "
+                f"more than max_bad allows ({self.max_bad:g}); the first: {message}"
+            )
+        raise UserError(message)
+
+    def _finish(self, work: Work, results: list[Result]) -> None:
+        splits: dict[str, Counts] = {}
+        shards = {}
+        for split in results[0].counts if results else ():
+            found = [(i, result.counts[split]) for i, result in enumerate(results)]
+            found = [(i, counts) for i, counts in found if counts.rows]
+            work.name_shards(split, [i for i, _ in found])
+            splits[split] = _total([result.counts[split] for result in results])
+            if found:
+                shards[split] = [(counts.rows, counts.stored_bytes) for _, counts in found]
+        self._check_not_empty(splits)
+        write_metadata(work.data, self.sequence_length, shards)
+        if isinstance(self.tokenizer, ModelTokenizer):
+            write_tokenizer(self.tokenizer, work.data / TOKENIZER_DIRECTORY)
+        record = {
+            **self.identity.record(),
+            **dataclasses.asdict(_total(list(splits.values()))),
+            "splits": {split: dataclasses.asdict(counts) for split, counts in splits.items()},
+            **_bad_record(_total_seen(results)),
+        }
+        write_json(work.data / FINGERPRINT_FILE, record)
+        work.publish(self.directory)
+
+    def _check_not_empty(self, splits: Mapping[str, Counts]) -> None:
+        if not any(counts.rows for counts in splits.values()):
+            dropped = sum(counts.dropped for counts in splits.values())
+            why = f": {dropped:,} conversations are longer than a row" if dropped else ""
+            raise UserError(
+                f"{self.content.path}: holds no text{why}; name a source that is not empty."
+            )
+        if splits[SPLIT].rows == 0:
+            raise UserError(
+                f"{self.content.path}: held_out is {self.held_out:g}, which leaves no document of "
+                f"{splits[SPLIT].documents or 'these few'} to train on; lower it."
+            )
+
+
+def prepare(
+    content: Content,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    target: str | Path | None = None,
+    cache: str | Path | None = None,
+    template: str = "llama_pro",
+    held_out: float = 0.0,
+    max_bad: float = 0.0,
+    workers: int | None = 1,
+    label: str | None = None,
+) -> Path:
+    """The directory of the prepared data set; it is made unless it is there.
+
+    Arguments and errors are those of `Preparation` and its `run`.
+    """
+    return Preparation(
+        content,
+        tokenizer,
+        sequence_length,
+        None if target is None else Path(target),
+        None if cache is None else Path(cache),
+        template,
+        held_out,
+        max_bad,
+        workers,
+        label,
+    ).run()
+
+
+def fingerprint(
+    content: Content,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    template: str = "llama_pro",
+    held_out: float = 0.0,
+) -> str:
+    """The `fingerprint` that `prepare` records, without preparing anything. Reads all files."""
+    unused = Path()
+    preparation = Preparation(
+        content, tokenizer, sequence_length, unused, template=template, held_out=held_out
+    )
+    return preparation.identity.digest
 
 
 def prepare_text(
     path: str | Path, tokenizer: Tokenizer, sequence_length: int, destination: str | Path
 ) -> Path:
-    """The directory of the prepared data set `destination/STEM-HASH` for the text at `path`.
-
-    The hash covers the content and names of the files, the tokenizer and the sequence length: a
-    data set that is there already is returned at once, and another never takes its place. Each
-    document gets begin and end tokens. Memory is bounded by the largest single document.
-    Beside the records stands `fingerprint.json` with what went in and the counts.
-    Raises UserError for text that cannot be read (see `text`) and when there is none.
-    """
-    path = Path(path)
-    files = text_files(path)
-    identity, digest = _identity(path, files, tokenizer, sequence_length)
-    stem = re.sub(r"[^A-Za-z0-9_.]+", "-", path.resolve().stem).strip("-.") or "text"
-    target = Path(destination) / f"{stem}-{digest[:12]}"
-    if _is_prepared(target, digest):
-        return target
-    try:
-        with atomic_directory(target) as directory:
-            counts = Counts()
-            documents = _encode(files, tokenizer, counts)
-            write_rows(
-                _count_rows(pack(documents, sequence_length), counts), directory, sequence_length
-            )
-            if counts.tokens == 0:
-                raise UserError(f"{path}: holds no text; name a source that is not empty.")
-            record = {"fingerprint": digest, **identity, **dataclasses.asdict(counts)}
-            write_json(directory / FINGERPRINT_FILE, record)
-    except OSError:
-        # Another process may have prepared the same data set in the meantime.
-        if not _is_prepared(target, digest):
-            raise
-    return target
+    """`prepare` of text files into the cache `destination`."""
+    return prepare(Content(str(path)), tokenizer, sequence_length, cache=destination)
 
 
 def text_fingerprint(path: str | Path, tokenizer: Tokenizer, sequence_length: int) -> str:
-    """The `fingerprint` that `prepare_text` records, without preparing anything."""
-    path = Path(path)
-    return _identity(path, text_files(path), tokenizer, sequence_length)[1]
+    """`fingerprint` of text files."""
+    return fingerprint(Content(str(path)), tokenizer, sequence_length)
 
 
 def read_fingerprint(directory: str | Path) -> dict[str, Any] | None:
@@ -102,88 +286,24 @@ def read_fingerprint(directory: str | Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _identity(
-    path: Path, files: Sequence[Path], tokenizer: Tokenizer, sequence_length: int
-) -> tuple[dict[str, Any], str]:
-    """What decides the rows, and the hash of it."""
-    identity = {
-        "format": _FORMAT,
-        "tokenizer": tokenizer.fingerprint,
-        "sequence_length": sequence_length,
-        "files": {_name_within(path, file): _sha256(file) for file in files},
+def _total(counts: list[Counts]) -> Counts:
+    total = Counts()
+    for one in counts:
+        total.add(one)
+    return total
+
+
+def _total_seen(results: list[Result]) -> Seen:
+    total = Seen()
+    for result in results:
+        total.add(result.seen)
+    return total
+
+
+def _bad_record(seen: Seen) -> dict[str, Any]:
+    kept = seen.bad_records[:BAD_RECORDS_KEPT]
+    return {
+        "records": seen.records,
+        "bad": seen.bad,
+        "bad_records": [{"where": bad.where, "why": bad.why} for bad in kept],
     }
-    return identity, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _is_prepared(target: Path, digest: str) -> bool:
-    record = read_fingerprint(target)
-    return record is not None and record.get("fingerprint") == digest
-
-
-def _name_within(path: Path, file: Path) -> str:
-    return file.name if file == path else file.relative_to(path).as_posix()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _batches(files: Iterable[Path]) -> Iterator[list[str]]:
-    """Documents in order, gathered until they have enough characters to keep a tokenizer busy."""
-    texts: list[str] = []
-    characters = 0
-    for file in files:
-        for text in read_documents(file):
-            texts.append(text)
-            characters += len(text)
-            if characters >= _CHARACTERS_AT_ONCE:
-                yield texts
-                texts, characters = [], 0
-    if texts:
-        yield texts
-
-
-def _encode(files: Sequence[Path], tokenizer: Tokenizer, counts: Counts) -> Iterator[np.ndarray]:
-    progress = _Progress(sum(file.stat().st_size for file in files))
-    for texts in _batches(files):
-        counts.documents += len(texts)
-        counts.bytes += sum(len(text.encode()) for text in texts)
-        for ids in tokenizer.encode_batch(texts, bos=True, eos=True):
-            tokens = np.asarray(ids, np.int32)
-            counts.tokens += len(tokens)
-            counts.largest_token = max(counts.largest_token, int(tokens.max(initial=0)))
-            yield tokens
-        progress.show(counts)
-    progress.show(counts, last=True)
-
-
-def _count_rows(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
-    for row in rows:
-        counts.rows += 1
-        counts.targets += int((row["positions"] > 0).sum())
-        yield row
-
-
-class _Progress:
-    """One line that is rewritten on a terminal; a plain line every half minute elsewhere."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._total = max(1, total_bytes)
-        self._terminal = sys.stderr.isatty()
-        self._began = self._shown = time.monotonic()
-
-    def show(self, counts: Counts, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self._shown < (0.2 if self._terminal else 30):
-            return
-        self._shown = now
-        # JSONL has more bytes than the text in it, so the share is a lower bound there.
-        share = 100 if last else min(99, 100 * counts.bytes // self._total)
-        rate = counts.tokens / max(1e-9, now - self._began)
-        line = (
-            f"preparing text: {share} %, {counts.documents:,} documents, "
-            f"{counts.tokens:,} tokens, {rate:,.0f} tokens/s"
-        )
-        start, end = ("\r\x1b[K", "\n" if last else "") if self._terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)

@@ -2,60 +2,94 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from llamapro_jax.data.rows import DTYPES, Row
 from llamapro_jax.errors import UserError, nearest
 
 SPLIT = "train"
-_SHARD_BYTES = 2**29
-_ROWS_AT_ONCE = 256
+_NAME = "rows"
+# The pattern that TFDS's own sequential writer takes: no shard's name has the number of them.
+_SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
-def write_rows(rows: Iterable[Row], directory: Path, sequence_length: int) -> int:
-    """Writes rows in order as the split `train` of a TFDS data set; returns how many.
+def shard_name(split: str, index: int) -> str:
+    """The file name of shard `index` of a split, as the metadata of `write_metadata` has it."""
+    return f"{_NAME}-{split}.array_record-{index:05d}"
 
-    `directory` exists and is empty. TFDS's sequential writer keeps the order and holds a few rows
-    in memory; its `download_and_prepare` buffers a gigabyte and then needs TensorFlow. It writes
-    ArrayRecord with `group_size:1`, which random access wants.
+
+def write_shard(rows: Iterable[Row], file: Path, sequence_length: int) -> tuple[int, int]:
+    """Writes rows in order as one ArrayRecord file; returns how many, and their bytes.
+
+    The same rows give the same bytes. `group_size:1` is what random access wants.
     """
-    features = tfds.features.FeaturesDict(
+    features = _features(sequence_length)
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    count = size = 0
+    try:
+        for row in rows:
+            record = serializer.serialize_example(features.encode_example(row))
+            writer.write(record)
+            count += 1
+            size += len(record)
+    finally:
+        writer.close()
+    return count, size
+
+
+def write_metadata(
+    directory: Path, sequence_length: int, splits: Mapping[str, Sequence[tuple[int, int]]]
+) -> None:
+    """Writes what TFDS reads a directory of shards by.
+
+    splits: for each split what `write_shard` returned of its shards, in order, none empty. They
+    are `shard_name(split, i)` in `directory`.
+    """
+    identity = tfds.core.DatasetIdentity(
+        name=_NAME, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=_features(sequence_length),
+        description="Token ids packed into rows of fixed length.",
+        disable_shuffling=True,
+    )
+    info.set_file_format("array_record", override=False)
+    info.set_splits(
+        tfds.core.splits.SplitDict([_split_info(directory, *item) for item in splits.items()])
+    )
+    info.write_to_directory(directory)
+
+
+def _split_info(directory: Path, split: str, shards: Sequence[tuple[int, int]]) -> Any:
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=_NAME,
+        data_dir=directory,
+        split=split,
+        filetype_suffix="array_record",
+        template=_SHARD_NAME,
+    )
+    return tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[count for count, _ in shards],
+        num_bytes=sum(size for _, size in shards),
+        filename_template=template,
+    )
+
+
+def _features(sequence_length: int) -> Any:
+    return tfds.features.FeaturesDict(
         {
             name: tfds.features.Tensor(shape=(sequence_length,), dtype=dtype, encoding="bytes")
             for name, dtype in DTYPES.items()
         }
     )
-    identity = tfds.core.DatasetIdentity(
-        name="rows", version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        features=features,
-        description="Token ids packed into rows of fixed length.",
-        disable_shuffling=True,
-    )
-    row_bytes = sequence_length * sum(np.dtype(dtype).itemsize for dtype in DTYPES.values())
-    writer = tfds.core.SequentialWriter(
-        info,
-        max_examples_per_shard=max(1, _SHARD_BYTES // row_bytes),
-        file_format="array_record",
-    )
-    writer.initialize_splits([SPLIT])
-    count = 0
-    iterator = iter(rows)
-    try:
-        while chunk := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
-            writer.add_examples({SPLIT: chunk})
-            count += len(chunk)
-    finally:
-        writer.close_all()
-    return count
 
 
 def open_builder(path: str) -> Any:

@@ -1,0 +1,133 @@
+"""Pieces over several processes, which die with the one that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from llamapro_jax.data.documents import Piece
+from llamapro_jax.data.shards import Recipe, Report, Seen
+from llamapro_jax.data.work import Result, Work
+from llamapro_jax.errors import UserError
+from llamapro_jax.hf.tokenizer import Tokenizer
+
+Task = tuple[int, Piece]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_pieces(
+    tasks: Sequence[Task], work: Work, recipe: Recipe, workers: int, report: Report
+) -> dict[int, Result]:
+    """The results of all pieces by their index; with one worker in this process.
+
+    Raises what the making of a piece or `report` raises, and UserError when a process is killed.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        return {i: work.finish_piece(i, piece, recipe, report) for i, piece in tasks}
+    return _in_processes(tasks, work, recipe, workers, report)
+
+
+def _in_processes(
+    tasks: Sequence[Task], work: Work, recipe: Recipe, workers: int, report: Report
+) -> dict[int, Result]:
+    context = multiprocessing.get_context("spawn")
+    running: dict[Connection, BaseProcess] = {}
+    left = list(reversed(tasks))
+    results: dict[int, Result] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_main, args=(theirs, work, _portable(recipe)), daemon=True
+            )
+            process.start()
+            theirs.close()
+            running[ours] = process
+            ours.send(left.pop())
+        while running:
+            for ready in connection.wait(list(running)):
+                message = _receive(ready, running)
+                if isinstance(message, Seen):
+                    report(message)
+                elif isinstance(message, BaseException):
+                    raise message
+                else:
+                    index, result = message
+                    results[index] = result
+                    _next_task(ready, running, left)
+    finally:
+        for process in running.values():
+            process.kill()
+        for process in running.values():
+            process.join()
+    return results
+
+
+def _next_task(ready: Connection, running: dict[Connection, BaseProcess], left: list[Task]) -> None:
+    if left:
+        ready.send(left.pop())
+        return
+    ready.send(None)
+    running.pop(ready).join()
+
+
+def _receive(
+    ready: Connection, running: dict[Connection, BaseProcess]
+) -> Seen | BaseException | tuple[int, Result]:
+    try:
+        return ready.recv()
+    except (EOFError, OSError):
+        process = running[ready]
+        process.join()
+        raise UserError(
+            f"a process that prepares data was killed (status {process.exitcode}), most likely for "
+            "want of memory; run the same command again to go on, with fewer workers."
+        ) from None
+
+
+def _portable(recipe: Recipe) -> Recipe:
+    """With a tokenizer that has not been used: a used one loses settings when it is pickled."""
+    if isinstance(recipe.tokenizer, Tokenizer):
+        return replace(recipe, tokenizer=replace(recipe.tokenizer))
+    return recipe
+
+
+def _main(pipe: Connection, work: Work, recipe: Recipe) -> None:
+    """What a process does: pieces until there is None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent gets it too, and ends this process.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        while (task := pipe.recv()) is not None:
+            index, piece = task
+            pipe.send((index, work.finish_piece(index, piece, recipe, pipe.send)))
+    except (EOFError, BrokenPipeError):
+        pass
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        with suppress(OSError):
+            pipe.send(error)
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed cannot say so; its end of the sentinel closes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
