@@ -377,7 +377,7 @@ def test_damaged_compression_is_an_error(tmp_path: Path, suffix: str, harm: str)
         "other": b"not compressed at all",
     }[harm]
     file = write(tmp_path / f"a.jsonl{suffix}", harmed)
-    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: is damaged or incomplete \(.*again"):
+    with pytest.raises(UserError, match=rf"\{suffix}: cannot be decompressed to its end \(.*again"):
         records(Content(str(file)))
 
 
@@ -447,17 +447,33 @@ def test_splits_that_are_not_there_are_refused(tmp_path: Path) -> None:
         input_files(Content(str(directory), "tfds", split="trian"))
 
 
-def test_damaged_data_sets_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["cut", "flip"])
+def test_damaged_data_sets_are_an_error(tmp_path: Path, harm: str) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["a" * 1000] * 50}).save_to_disk(tmp_path / "one")
     content = Content(str(tmp_path / "one"), "datasets")
     file = next((tmp_path / "one").glob("*.arrow"))
-    file.write_bytes(file.read_bytes()[:20_000])
+    data = file.read_bytes()
+    file.write_bytes(data[:20_000] if harm == "cut" else data.replace(b"a" * 999, b"\xff" * 999))
     with pytest.raises(UserError, match=r"one: is damaged or incomplete \(.*save the data set"):
         records(content)
     file.unlink()
     with pytest.raises(UserError, match=r"\.arrow: cannot be read \(No such file"):
         pieces(content)
+    write(tmp_path / "one/state.json", "{}")
+    with pytest.raises(UserError, match=r"is damaged or incomplete \('_data_files'\); save"):
+        pieces(content)
+
+
+def test_a_truncated_shard_of_tfds_is_an_error(tmp_path: Path) -> None:
+    directory = write_tfds(tmp_path / "t/1.0.0", {"train": ["a" * 1000] * 9})
+    content = Content(str(directory), "tfds")
+    cut = pieces(content)
+    shard = input_files(content)[-2]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for attempt in (lambda: pieces(content), lambda: list(read(cut[0]))):
+        with pytest.raises(UserError, match=r"row \d+ cannot be read, the file is damaged"):
+            attempt()
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:

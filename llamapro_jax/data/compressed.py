@@ -32,7 +32,8 @@ def open_bytes(file: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
         raise UserError(
-            f"{file}: is damaged or incomplete ({error}); fetch it again or compress it again."
+            f"{file}: cannot be decompressed to its end ({error}); it is damaged or incomplete: "
+            "fetch it again or compress it again."
         ) from None
 
 

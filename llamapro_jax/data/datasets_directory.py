@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def data_files(path: Path, split: str) -> list[Path]:
     directory = _split_directory(path, split)
     data_package("datasets", str(path))
     state = read_json(directory / _STATE_FILE)
-    names = [_STATE_FILE, "dataset_info.json", *(one["filename"] for one in state["_data_files"])]
+    with _errors(directory):
+        stored = [one["filename"] for one in state["_data_files"]]
+    names = [_STATE_FILE, "dataset_info.json", *stored]
     return sorted(directory / name for name in names)
 
 
@@ -54,11 +57,12 @@ def read_rows(
     path: Path, split: str, field: str | None, start: int, stop: int
 ) -> Iterator[tuple[str, Any]]:
     """The rows [start, stop): place, and the value of `field` or (None) the row as a dict."""
-    dataset = _load(path, split)
-    if field is not None:
-        dataset = dataset.select_columns([field])
-    for index, row in enumerate(dataset.select(range(start, stop)), start=start):
-        yield f"{path}: row {index}", row if field is None else row[field]
+    with _errors(path):
+        dataset = _load(path, split)
+        if field is not None:
+            dataset = dataset.select_columns([field])
+        for index, row in enumerate(dataset.select(range(start, stop)), start=start):
+            yield f"{path}: row {index}", row if field is None else row[field]
 
 
 def _split_directory(path: Path, split: str) -> Path:
@@ -86,13 +90,20 @@ def _split_directory(path: Path, split: str) -> Path:
 
 def _load(path: Path, split: str) -> Any:
     datasets = data_package("datasets", str(path))
+    directory = _split_directory(path, split)
+    with _errors(directory):
+        return datasets.load_from_disk(str(directory)).with_format(None)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Arrow's and the package's own errors as UserError."""
     from pyarrow import ArrowException
 
-    directory = _split_directory(path, split)
     try:
-        return datasets.load_from_disk(str(directory)).with_format(None)
+        yield
     except (ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") or type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"{directory}: is damaged or incomplete ({reason}); save the data set again."
+            f"{path}: is damaged or incomplete ({reason}); save the data set again."
         ) from None

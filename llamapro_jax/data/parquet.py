@@ -51,7 +51,9 @@ def _scalars(parquet: Any, group: int, field: str | None) -> Iterator[Any]:
     expanded = max(1, parquet.metadata.row_group(group).total_byte_size)
     rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * _rows(parquet, group) // expanded))
     columns = None if field is None else [field]
-    for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+    for batch in parquet.iter_batches(
+        batch_size=rows, row_groups=[group], columns=columns, use_threads=False
+    ):
         # As bytes, since Arrow does not check that a string is UTF-8.
         yield from (
             batch.to_struct_array()
