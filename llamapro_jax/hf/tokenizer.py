@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     chat_template: str | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The fields alone: a pickled engine forgets `encode_special_tokens`.
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def encode(
         self, text: str, *, bos: bool = True, eos: bool = False, allow_special: bool = False
