@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from llamapro_jax.delta import DESCRIPTION as DELTA
+from llamapro_jax.errors import UserError
+from llamapro_jax.flax_checkpoint import DESCRIPTION as CHECKPOINT
+from llamapro_jax.hf.hub import HUB_ID
 from llamapro_jax.model.weights import (
     Tensor,
     block_parameters,
@@ -13,6 +19,52 @@ from llamapro_jax.model.weights import (
     total_parameters,
 )
 from llamapro_jax.sources import base_is_original, open_source
+
+# One of these, and a directory is a model (or a delta, which says so itself when it is opened).
+_MODEL_FILES = (CHECKPOINT, "run.json", "config.json", DELTA)
+_DATA_FILE = "dataset_info.json"
+
+
+def is_data_set(path: str) -> bool:
+    """Whether `path` is a TFDS data set, by its directory or by name, and not a model.
+
+    Raises UserError for a directory that is neither.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        # A hub id, or what is no path at all: what opens a model says best what is wrong with it.
+        return _is_data_set_name(path) and not directory.exists()
+    if any((directory / name).is_file() for name in _MODEL_FILES):
+        return False
+    if (directory / _DATA_FILE).is_file() or any(directory.glob(f"*/{_DATA_FILE}")):
+        return True
+    raise UserError(
+        f"{path}: is neither a model (a directory with one of {', '.join(_MODEL_FILES[:3])}) nor "
+        f"a prepared data set (a directory with {_DATA_FILE}). Make a data set of text with "
+        "`llamapro prepare`."
+    )
+
+
+def _is_data_set_name(path: str) -> bool:
+    if path.startswith((".", "/", "~")) or HUB_ID.fullmatch(path):
+        return False
+    from llamapro_jax.data.records import open_builder
+
+    try:
+        open_builder(path)
+    except UserError:
+        raise UserError(
+            f"{path}: no such directory. A model is a directory or a hub id like "
+            "org/name@revision; a data set is a directory or a name in $TFDS_DATA_DIR."
+        ) from None
+    return True
+
+
+def refuse_options(path: str, options: Iterable[str]) -> None:
+    """Raises UserError when options of a data set are given for a model."""
+    given = ", ".join(f"--{name}" for name in options)
+    if given:
+        raise UserError(f"{path}: is a model; {given} is for data sets.")
 
 
 def describe(path: str) -> dict[str, Any]:
