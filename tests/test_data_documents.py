@@ -156,6 +156,7 @@ def test_tfds_by_directory_and_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert values(content) == [*TEXTS, "é"]
     assert values(content, piece_bytes=500) == [*TEXTS, "é"]
     assert len(pieces(content, piece_bytes=500)) > 1
+    assert len(pieces(content, piece_bytes=1)) == 6
     assert records(content)[4].where == f"{directory}: row 5"
     assert values(Content(str(directory), "tfds", split="test")) == ["held out"]
     assert values(Content(str(directory), "tfds", split="train[4:]")) == ["é"]

@@ -107,7 +107,7 @@ def input_files(content: Content) -> list[Path]:
             return datasets_directory.data_files(path, content.split)
     found = _files(path, content.kind)
     for file in found:
-        if file.suffix in (suffixes.PARQUET, ".zst") and content.kind != "code":
+        if file.suffix in (suffixes.PARQUET, ".zst"):
             data_package("pyarrow", str(file))
     return found
 
@@ -224,7 +224,7 @@ def _parts_of_file(file: Path, content: Content, piece_bytes: int) -> Iterator[P
 
 def _ranges(path: str, length: int, size: int, piece_bytes: int) -> Iterator[Part]:
     """[0, length) in equal ranges, as few as have at most `piece_bytes` of the `size` bytes."""
-    count = max(1, -(-size // piece_bytes))
+    count = max(1, min(length, -(-size // piece_bytes)))
     for i in range(count):
         start, stop = i * length // count, (i + 1) * length // count
         yield Part(path, start, stop, size * (stop - start) // max(1, length))
