@@ -13,6 +13,8 @@ from rich.console import Console
 
 from llamapro_jax import cli
 from llamapro_jax.data import show
+from llamapro_jax.data.documents import Content
+from llamapro_jax.data.prepare import prepare
 from llamapro_jax.data.records import shard_name, write_metadata, write_shard
 from llamapro_jax.data.rows import Row, empty_rows
 from llamapro_jax.errors import UserError
@@ -84,7 +86,7 @@ def printed(path: Path, **console: object) -> str:
 
 def test_rows_are_text_by_segments_and_masks(chat: Path, tokenizer: Tokenizer) -> None:
     description = show.describe(str(chat))
-    assert description["splits"] == {"train": 1, "validation": 1}
+    assert description["splits"] == {"train": {"rows": 1}, "validation": {"rows": 1}}
     (only,) = description["rows"]
     first, second = only["segments"]
     assert [(s["text"], s["trained"], s["special"]) for s in first["spans"]] == [
@@ -102,6 +104,7 @@ def test_rows_are_text_by_segments_and_masks(chat: Path, tokenizer: Tokenizer) -
     assert only["tokens"] == first["tokens"] + second["tokens"] == LENGTH - only["padding"]
     assert only["targets"] == answer + rest - 1
     assert json.loads(json.dumps(description)) == description
+    assert "made by others" in printed(chat)
 
 
 def test_plain_output_brackets_what_is_masked_and_escapes_controls(chat: Path) -> None:
@@ -196,7 +199,7 @@ def test_the_tokenizer_is_the_one_of_the_data(
     named = show.describe(path, tokenizer=str(tokenizer.source))
     assert named["rows"][1]["segments"][0]["spans"][1]["text"] == "document 1"
     other = train_tokenizer(["something else, and more of it; " * 50], 300, tmp_path / "other")
-    record = {"tokenizer": tokenizer.fingerprint, "sequence_length": LENGTH, "tokens": 9}
+    record = {"tokenizer": tokenizer.fingerprint}
     known = str(write_set(tmp_path / "known", rows, tokenizer, record))
     with pytest.raises(UserError, match=f"prepared with tokenizer {tokenizer.fingerprint[:12]}"):
         show.describe(known, tokenizer=str(other.source))
@@ -279,3 +282,46 @@ def test_a_damaged_record_is_said(chat: Path) -> None:
     shard.write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
         show.describe(str(chat))
+
+
+def test_what_was_prepared_shows_its_counts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    documents = [f"document {i}: {'words and more words ' * (i % 7)}" for i in range(300)]
+    lines = [json.dumps({"text": text}) for text in documents]
+    lines[7] = "\x1b[31m{broken"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    content = Content(str(tmp_path / "a.jsonl"))
+    target = tmp_path / "set"
+    prepare(content, tokenizer, LENGTH, target=target, held_out=0.2, max_bad=0.1)
+    description = show.describe(str(target), rows=10_000)
+    train, validation = description["splits"]["train"], description["splits"]["validation"]
+    assert train["documents"] + validation["documents"] == 299 and validation["documents"] > 20
+    used = sum(found["tokens"] for found in description["rows"])
+    targets = sum(found["targets"] for found in description["rows"])
+    assert len(description["rows"]) == train["rows"] and used == train["tokens"]
+    assert train["targets"] == targets and train["target_share"] == targets / used
+    assert train["padding_share"] == pytest.approx(1 - used / (train["rows"] * LENGTH))
+    spans = [x for found in description["rows"] for s in found["segments"] for x in s["spans"]]
+    text = "".join(span["text"] for span in spans if not span["special"])
+    assert documents[3] in text and all(span["trained"] for span in spans)
+    out = printed(target)
+    assert f"  train: {train['rows']} rows, {train['documents']} documents, " in out
+    assert f"{targets / used:.1%} of them count for the loss" in out
+    assert "1 bad records left out, the first:" in out and "a.jsonl:8: " in out
+    assert "\x1b" not in out
+
+
+def test_a_prepared_chat_set_masks_all_but_the_answers(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    turns = [("user", "A question."), ("assistant", "An answer."), ("user", "And?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages.append({"role": "assistant", "content": "More of it."})
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    target = tmp_path / "set"
+    prepare(Content(str(tmp_path / "a.jsonl"), kind="chat"), tokenizer, 128, target=target)
+    (segment,) = show.describe(str(target))["rows"][0]["segments"]
+    trained = "".join(span["text"] for span in segment["spans"] if span["trained"])
+    masked = "".join(span["text"] for span in segment["spans"] if not span["trained"])
+    assert "An answer." in trained and "More of it." in trained and trained.endswith("</s>")
+    assert "A question." in masked and "answer" not in masked and "question" not in trained
+    assert "| ⟧An answer.</s>⟦\n" in printed(target)

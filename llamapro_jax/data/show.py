@@ -13,24 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from llamapro_jax.data.prepare import read_fingerprint
+from llamapro_jax.data.prepare import TOKENIZER_DIRECTORY, read_fingerprint
 from llamapro_jax.data.records import SPLIT, open_builder, open_split, read_record
 from llamapro_jax.data.rows import DTYPES, Row, complete_row, targets_and_weights
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
-TOKENIZER_DIRECTORY = "tokenizer"
 ROWS = 3
-# What fingerprint.json counts, and what to call it.
-_COUNTS = {
-    "documents": "documents",
-    "bytes": "bytes of text",
-    "tokens": "tokens",
-    "targets": "tokens that count for the loss",
-    "turns_cut": "turns cut from conversations that are too long",
-    "dropped": "conversations dropped, too long for a row",
-    "bad": "bad records left out",
-}
+BAD_RECORDS = 3
 _BRACKETS = ("\u27e6", "\u27e7")
 _PLAIN_BRACKETS = ("[[", "]]")
 # By (trained, special).
@@ -63,9 +53,12 @@ def describe(
     builder = open_builder(path)
     features = builder.info.features
     _check_features(features, path)
-    splits = {name: info.num_examples for name, info in builder.info.splits.items()}
-    split = split or (SPLIT if SPLIT in splits else next(iter(splits), SPLIT))
     fingerprint = read_fingerprint(builder.data_path)
+    splits = {
+        name: _counts(info.num_examples, fingerprint, name)
+        for name, info in builder.info.splits.items()
+    }
+    split = split or (SPLIT if SPLIT in splits else next(iter(splits), SPLIT))
     source = open_split(builder, path, split)
     indices = _indices(path, split, len(source), rows, row)
     decoded = []
@@ -82,7 +75,8 @@ def describe(
         "sequence_length": features["tokens"].shape[0],
         "features": [name for name in DTYPES if name in features],
         "splits": splits,
-        "fingerprint": fingerprint,
+        # Without the hash of each input file, of which there may be a hundred thousand.
+        "fingerprint": fingerprint and {k: v for k, v in fingerprint.items() if k != "files"},
         "split": split,
         "split_rows": len(source),
         "rows": decoded,
@@ -103,6 +97,20 @@ def _check_features(features: Any, path: str) -> None:
                 f"{path}: {name!r} is {np.dtype(feature.np_dtype).name} of shape "
                 f"{tuple(feature.shape)}; a row has integers [T] there."
             )
+
+
+def _counts(rows: int, fingerprint: Mapping[str, Any] | None, split: str) -> dict[str, Any]:
+    """Of a split: rows, and what was counted when it was prepared, with the shares of it."""
+    counts = (fingerprint or {}).get("splits", {}).get(split)
+    if not counts:
+        return {"rows": rows}
+    names = ("documents", "bytes", "tokens", "targets", "turns_cut", "dropped")
+    return {
+        "rows": rows,
+        **{name: counts[name] for name in names},
+        "padding_share": 1 - counts["tokens"] / (rows * fingerprint["sequence_length"]),
+        "target_share": counts["targets"] / counts["tokens"],
+    }
 
 
 def _indices(path: str, split: str, count: int, rows: int, row: int | None) -> list[int]:
@@ -225,15 +233,41 @@ def print_description(description: Mapping[str, Any], console: Console) -> None:
     page = _Page(console)
     length = description["sequence_length"]
     page.line(f"{description['path']}: rows of {length or 'any number of'} tokens", "bold")
-    for name, rows in description["splits"].items():
-        page.line(f"  split {name}: {rows:,} rows")
-    for line in _count_lines(description["fingerprint"], sum(description["splits"].values())):
+    for name, counts in description["splits"].items():
+        page.line(f"  {name}: {', '.join(_facts(counts))}")
+    for line in _bad_records(description["fingerprint"]):
         page.line(f"  {line}")
     if description["rows"]:
         page.line()
         page.legend()
     for row in description["rows"]:
         _print_row(row, description, page)
+
+
+def _facts(counts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{counts['rows']:,} rows"
+    if "tokens" not in counts:
+        return
+    yield f"{counts['documents']:,} documents"
+    if counts["bytes"]:
+        yield f"{counts['bytes']:,} bytes"
+    yield f"{counts['tokens']:,} tokens"
+    yield f"{counts['target_share']:.1%} of them count for the loss"
+    yield f"{counts['padding_share']:.2%} of the rows is padding"
+    if counts["dropped"]:
+        yield f"{counts['dropped']:,} conversations dropped (their first exchange is too long)"
+    if counts["turns_cut"]:
+        yield f"{counts['turns_cut']:,} turns cut (of conversations longer than a row)"
+
+
+def _bad_records(fingerprint: Mapping[str, Any] | None) -> Iterator[str]:
+    if fingerprint is None:
+        yield "made by others: what went in was not counted"
+        return
+    bad = fingerprint.get("bad", 0)
+    yield f"{bad:,} bad records left out" + (", the first:" if bad else "")
+    for record in fingerprint.get("bad_records", [])[:BAD_RECORDS]:
+        yield f"  {record['where']}: {record['why']}"
 
 
 def _print_row(row: Mapping[str, Any], description: Mapping[str, Any], page: _Page) -> None:
@@ -254,25 +288,6 @@ def _print_row(row: Mapping[str, Any], description: Mapping[str, Any], page: _Pa
         page.spans(segment["spans"])
     if row["padding"]:
         page.line(f"padding: {row['padding']} tokens", "bold")
-
-
-def _count_lines(fingerprint: Mapping[str, Any] | None, rows: int) -> Iterator[str]:
-    if fingerprint is None:
-        yield "no fingerprint.json: made by others, nothing was counted"
-        return
-    for name, label in _COUNTS.items():
-        if fingerprint.get(name):
-            yield f"{label}: {fingerprint[name]:,}{_share(name, fingerprint)}"
-    places = rows * fingerprint["sequence_length"]
-    if places:
-        padding = places - fingerprint["tokens"]
-        yield f"padding: {padding:,} ({padding / places:.2%} of the rows)"
-
-
-def _share(name: str, fingerprint: Mapping[str, Any]) -> str:
-    if name != "targets" or not fingerprint["tokens"]:
-        return ""
-    return f" ({fingerprint['targets'] / fingerprint['tokens']:.2%})"
 
 
 class _Page:
