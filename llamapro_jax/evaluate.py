@@ -10,7 +10,6 @@ Legend: B batch, T row length, N = B * T tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamapro_jax.comparison import (
+    Comparison,
+    Setting,
+    check_base,
+    check_strengths,
+    compare,
+    recorded_original,
+    scaled,
+)
 from llamapro_jax.config import load_config
 from llamapro_jax.data.packing import pack
 from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
@@ -30,25 +38,18 @@ from llamapro_jax.data.text import read_documents, text_files
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import Segment
 from llamapro_jax.hf.tokenizer import Tokenizer
-from llamapro_jax.model.api import Model, OpenedModel, open_model
+from llamapro_jax.model.api import OpenedModel
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.model.precision import full_precision
-from llamapro_jax.model.weights import BLOCK_BY_NAME
 from llamapro_jax.progress import tracked
-from llamapro_jax.sources import open_source
 from llamapro_jax.training import run_directory
-from llamapro_jax.views import Strength
-
-log = logging.getLogger(__name__)
 
 LONGEST_DEFAULT = 2048
 DOCUMENTS_AT_ONCE = 64
 # Float32 scores that exist at the same time for one model: 128 MiB.
 SCORES_AT_ONCE = 2**25
 MARGINAL_RANK = 3
-
-ON, OFF, BASE, MODEL = "new blocks on", "new blocks off", "base", "model"
 
 
 # ------------------------------------------------------------------- texts
@@ -113,15 +114,9 @@ def _states(
 ) -> jax.Array:
     """The final hidden states [B, T, D], with what the new blocks add times `strength`."""
 
-    def scaled(name: str, leaf: jax.Array) -> jax.Array:
-        if not BLOCK_BY_NAME[name].zeroed:
-            return leaf
-        return (leaf.astype(jnp.float32) * strength).astype(leaf.dtype)
-
-    new = [{name: scaled(name, leaf) for name, leaf in one.items()} for one in params["new"]]
     with full_precision(dtype):
         return hidden_states(
-            {**params, "new": new},
+            {**params, "new": scaled(params["new"], strength)},
             batch["tokens"],
             batch["positions"],
             batch["segment_ids"],
@@ -173,15 +168,17 @@ def _compare(
     return jax.tree.map(lambda a: a.reshape(-1)[:tokens].reshape(targets_BT.shape), chunks)
 
 
-def _run(model: Model, batch: Row, strength: float, with_new: bool = True) -> jax.Array:
+def _states_of(setting: Setting, batch: Row) -> jax.Array:
+    model = setting.model
     return _states(
         model.params,
         batch,
-        np.float32(strength),
+        np.float32(setting.factor),
         config=model.config,
         segments=model.plan.segments,
         dtype=model.dtype,
-        with_new=with_new,
+        # Strength 0 is the base itself: its own program, not one that adds zeros.
+        with_new=setting.factor != 0,
     )
 
 
@@ -206,114 +203,7 @@ class Sums:
         self.shifted += int((rank > MARGINAL_RANK).sum())
 
 
-# ------------------------------------------------------------------- settings
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table for each text. strength None: a model without such a factor."""
-
-    label: str
-    model: Model
-    strength: float | None = None
-
-    def states(self, batch: Row) -> jax.Array:
-        # Strength 0 is the base itself: its own program, not one that adds zeros.
-        strength = 1.0 if self.strength is None else self.strength
-        return _run(self.model, batch, strength, with_new=strength != 0)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is computed: the settings, and the one they are compared with (None: nothing is)."""
-
-    settings: tuple[Setting, ...]
-    base: Setting | None
-
-
-def recorded_original(model: OpenedModel) -> OpenedModel | None:
-    """The model before the first training that changed more than the new blocks.
-
-    None, with a warning, when it cannot be opened. Raises UserError when it is another one now.
-    """
-    entry, run = model.base_altered_by, model.source.path
-    if entry is None:
-        return None
-    path, verified = str(entry["source"]), False
-    if run_directory.is_run(run) and model.source.lineage[-1]["source"] == path:
-        # The run knows the whole path, and its source has checked what lies there.
-        path, verified = run_directory.RunRecord.read(Path(run)).model, True
-    try:
-        source = open_source(path)
-    except UserError as error:
-        log.warning(
-            "%s: was trained beyond its new blocks, and the model before that cannot be opened "
-            "(%s); forgetting is not measured. Name the original with --base.",
-            *(run, error),
-        )
-        return None
-    digest = entry.get("base_digest")
-    if not verified and digest is not None and source.fingerprint().digest != digest:
-        raise UserError(
-            f"{path}: is not the model that {run} was trained from (its fingerprint differs); put "
-            "that back, or name the original with --base."
-        )
-    generation = max(model.plan.generation - 1, 0)
-    return open_model(path, dtype=model.dtype.name, generation=generation)
-
-
-def _comparison(model: Model, strengths: Sequence[float] | None, base: Model | None) -> Comparison:
-    grown = model.plan.generation > 0
-    if not grown:
-        settings = [Setting(MODEL, model)]
-    else:
-        settings = [
-            Setting(_label(model, s), model, s)
-            for s in dict.fromkeys((1.0, 0.0) if strengths is None else strengths)
-        ]
-    if base is not None:
-        reference = Setting(BASE, base)
-        return Comparison((*settings, reference), reference)
-    if not grown or model.base_altered_by is not None:
-        return Comparison(tuple(settings), None)
-    return Comparison(tuple(settings), Setting(OFF, model, 0.0))
-
-
-def _label(model: Model, strength: float) -> str:
-    if strength == 1:
-        return ON
-    if strength == 0:
-        altered = model.base_altered_by is not None
-        return f"{OFF} (trained too: not the original)" if altered else OFF
-    return f"strength {strength:g}"
-
-
-def _check_strengths(model: OpenedModel, strengths: Sequence[float] | None) -> None:
-    if isinstance(model.source, Strength):
-        raise UserError(
-            f"{model.source.path}: is loaded at strength {model.source.strength}; load it without, "
-            "and give the strengths to evaluate."
-        )
-    if strengths is not None and not model.plan.generation:
-        raise UserError(f"{model.source.path}: has no new blocks, so strength means nothing.")
-    for strength in strengths or ():
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength is {strength}; it must be between 0 and 1.")
-
-
-def _check_base(model: OpenedModel, base: OpenedModel) -> None:
-    ours, theirs = model.config.vocab_size, base.config.vocab_size
-    if ours != theirs:
-        raise UserError(
-            f"{base.source.path}: has a vocabulary of {theirs}, {model.source.path} one of {ours}; "
-            "name the model that it grew from."
-        )
-    first, second = model.tokenizer, base.tokenizer
-    if first is not None and second is not None and first.fingerprint != second.fingerprint:
-        raise UserError(
-            f"{base.source.path}: has another tokenizer than {model.source.path}; name the model "
-            "that it grew from."
-        )
+# ------------------------------------------------------------------- the evaluation
 
 
 def default_sequence_length(model: OpenedModel) -> int:
@@ -322,9 +212,6 @@ def default_sequence_length(model: OpenedModel) -> int:
         path = model.source.directory / run_directory.CONFIG_FILE
         return load_config(path).data.sequence_length
     return min(model.config.max_position_embeddings, LONGEST_DEFAULT)
-
-
-# ------------------------------------------------------------------- the evaluation
 
 
 def evaluate(
@@ -354,25 +241,45 @@ def evaluate(
       UserError: no tokenizer, no text or one that cannot be read, a value out of range, a `base`
         with another vocabulary or tokenizer.
     """
+    check_strengths(model, strengths)
+    if base is not None:
+        check_base(model, base)
+    if not texts:
+        raise UserError("no text to evaluate on; name at least one.")
+    read = read_texts(
+        model, texts, sequence_length=sequence_length, batch_size=batch_size, max_rows=max_rows
+    )
+    base = base or recorded_original(model)
+    comparison = compare(model.load(), strengths, None if base is None else base.load())
+    return measure(comparison, read, batch_size, progress)
+
+
+def read_texts(
+    model: OpenedModel,
+    texts: Mapping[str, str | Path],
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    max_rows: int | None = None,
+) -> list[Text]:
+    """The rows of each text, for `measure`; raises UserError as `evaluate` does."""
     if sequence_length is None:
         sequence_length = default_sequence_length(model)
     _check_sizes(model, sequence_length, batch_size, max_rows)
-    _check_strengths(model, strengths)
-    if base is not None:
-        _check_base(model, base)
-    if not texts:
-        raise UserError("no text to evaluate on; name at least one.")
     tokenizer = model.require_tokenizer()
     read = [read_text(n, p, tokenizer, sequence_length, max_rows) for n, p in texts.items()]
     for text in read:
         # Before the others, so that a tokenizer of another model is found at once.
         model.check_tokens([row["tokens"] for row in text.rows])
-    if base is None:
-        base = recorded_original(model)
-    loaded = model.load()
-    comparison = _comparison(loaded, strengths, None if base is None else base.load())
+    return read
+
+
+def measure(
+    comparison: Comparison, texts: Sequence[Text], batch_size: int, progress: bool = False
+) -> list[dict[str, Any]]:
+    """The dicts that `evaluate` returns."""
     results = []
-    for text in read:
+    for text in texts:
         sums = _evaluate_text(comparison, text, batch_size, progress)
         results += [
             _figures(text, setting, sums[i], comparison.base is not None)
@@ -403,10 +310,10 @@ def _evaluate_text(
     for start in tracked(starts, text.name) if progress else starts:
         batch = stack_rows(text.rows[start : start + batch_size], batch_size)
         targets_BT, weights_BT = targets_and_weights(batch)
-        base_states = None if comparison.base is None else comparison.base.states(batch)
+        base_states = None if comparison.base is None else _states_of(comparison.base, batch)
         for total, setting in zip(sums, comparison.settings, strict=True):
             is_base = comparison.base is not None and setting.label == comparison.base.label
-            states = base_states if is_base else setting.states(batch)
+            states = base_states if is_base else _states_of(setting, batch)
             head = head_weight(setting.model.params)
             # Without a base the model is compared with itself: one program for all, so that the
             # same states give the same bits.

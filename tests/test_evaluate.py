@@ -15,12 +15,12 @@ from checkpoints import write_tiny
 from models import disturbed, english, expand_to, save, write_with_tokenizer
 
 from llamapro_jax import UserError, cli, evaluate
+from llamapro_jax.comparison import recorded_original
 from llamapro_jax.evaluate import (
     as_json,
     as_table,
     default_sequence_length,
     read_text,
-    recorded_original,
 )
 from llamapro_jax.expansion import Insertion, spread
 from llamapro_jax.model import api
