@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from data_sources import ByteTokenizer
 
-from llamapro_jax.data.dataset import open_rows, open_source
+from llamapro_jax.config import SourceConfig
+from llamapro_jax.data.dataset import Rows, open_rows, open_source
 from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.data.prepare import prepare_text
@@ -34,6 +36,14 @@ def write_foreign(
     writer.add_examples({split: examples for split in splits})
     writer.close_all()
     return directory
+
+
+def opened(path: Path, kind: str, cache: Path, tokenizer: Any = None, **changes: Any) -> Rows:
+    """As a source `mine` of a run with rows of 16 tokens."""
+    options = {name: changes.pop(name) for name in ("split", "field") if name in changes}
+    entry = SourceConfig("mine", str(path), kind=kind, **options)
+    values = {"sequence_length": 16, "vocab_size": 258, "cache_directory": cache} | changes
+    return open_source(entry, tokenizer=tokenizer, **values)
 
 
 def tokens_feature(length: int | None, dtype: type = np.int64) -> dict:
@@ -189,15 +199,34 @@ def test_a_flipped_bit_is_never_read_as_data(prepared: Path) -> None:
             assert "prepare it again" in str(error)
 
 
-def test_the_tokenizer_and_vocabulary_of_a_prepared_set_are_checked(prepared: Path) -> None:
+def test_the_tokenizer_and_vocabulary_of_a_prepared_set_are_checked(
+    prepared: Path, tmp_path: Path
+) -> None:
     tokenizer = ByteTokenizer()
-    assert len(open_source("a", prepared, "tfds", "train", tokenizer, 16, "unused", 258)) > 10
-    assert len(open_source("a", prepared, "tfds", "train", None, 16, "unused", 258)) > 10
+    assert len(opened(prepared, "tfds", tmp_path, tokenizer)) > 10
+    assert len(opened(prepared, "tfds", tmp_path)) > 10
     with pytest.raises(UserError, match="holds token 257, the model's vocabulary is 257"):
-        open_source("a", prepared, "tfds", "train", tokenizer, 16, "unused", 257)
+        opened(prepared, "tfds", tmp_path, tokenizer, vocab_size=257)
     tokenizer.fingerprint = "0123456789abcdef"
     with pytest.raises(UserError, match="the model's is 0123456789ab; prepare the text again"):
-        open_source("a", prepared, "tfds", "train", tokenizer, 16, "unused", 258)
+        opened(prepared, "tfds", tmp_path, tokenizer)
+
+
+def test_many_rows_are_those_read_singly(prepared: Path, foreign: Path) -> None:
+    for rows in (
+        open_rows(prepared, sequence_length=16, vocab_size=258),
+        open_rows(foreign, sequence_length=6, vocab_size=100),
+    ):
+        order = [7, 0, 3, 3, len(rows) - 1]
+        many = rows.read(order)
+        for place, index in enumerate(order):
+            for name, array_T in rows[index].items():
+                np.testing.assert_array_equal(many[name][place], array_T)
+                assert many[name].dtype == array_T.dtype
+        assert {a.shape for a in rows.read([]).values()} == {(0, rows.sequence_length)}
+        for index in (-1, len(rows)):
+            with pytest.raises(IndexError):
+                rows.read([0, index])
 
 
 def test_a_resumed_run_sees_the_same_rows(prepared: Path, tmp_path: Path) -> None:
@@ -206,9 +235,8 @@ def test_a_resumed_run_sees_the_same_rows(prepared: Path, tmp_path: Path) -> Non
     text.write_text("another text, replayed " * 30)
 
     def mixture() -> Mixture:
-        new = open_source("new", prepared, "tfds", "train", None, 16, "unused", 258)
-        cache = tmp_path / "cache"
-        old = open_source("old", text, "text", "train", ByteTokenizer(), 16, cache, 258)
+        new = opened(prepared, "tfds", tmp_path)
+        old = opened(text, "text", tmp_path / "cache", ByteTokenizer())
         return Mixture([("new", new, 0.75), ("old", old, 0.25)], batch_size=4, seed=1)
 
     whole = mixture()
@@ -224,12 +252,34 @@ def test_a_text_source_is_prepared_and_opened(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("hello " * 20)
     cache = tmp_path / "cache"
-    rows = open_source("mine", text, "text", "train", ByteTokenizer(), 16, cache, 258)
-    assert rows.name == "mine" and len(rows) == 8
+    rows = opened(text, "text", cache, ByteTokenizer())
+    assert rows.name == "mine" and len(rows) == 8 and rows.split == "train"
     assert rows.fingerprint is not None and rows.fingerprint["bytes"] == 120
-    part = open_source("mine", text, "text", "train[:3]", ByteTokenizer(), 16, cache, 258)
-    assert len(part) == 3
+    assert len(opened(text, "text", cache, ByteTokenizer(), split="train[:3]")) == 3
     with pytest.raises(UserError, match="'mine': text needs the model's tokenizer"):
-        open_source("mine", text, "text", "train", None, 16, cache, 258)
-    with pytest.raises(UserError, match="'mine': kind is 'csv'; it must be 'text' or 'tfds'"):
-        open_source("mine", text, "csv", "train", ByteTokenizer(), 16, cache, 258)
+        opened(text, "text", cache)
+
+
+def test_a_tfds_set_with_text_is_tokenised(tmp_path: Path) -> None:
+    """By its field, from the split that is named; rows are the same as those of a file."""
+    features = {"body": tfds.features.Text(), "id": np.int64}
+    documents = [{"body": f"document {i} " * 5, "id": i} for i in range(4)]
+    directory = write_foreign(tmp_path / "set", features, documents, ("train", "valid"))
+    cache, tokenizer = tmp_path / "cache", ByteTokenizer()
+    rows = opened(directory, "tfds", cache, tokenizer, field="body", split="valid")
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    expected = opened(lines, "text", cache, tokenizer, field="body")
+    assert len(rows) == len(expected) > 10
+    everything = range(len(rows))
+    for name, array_NT in rows.read(everything).items():
+        np.testing.assert_array_equal(array_NT, expected.read(everything)[name])
+    with pytest.raises(UserError, match=r"no feature 'tokens' and none called 'text', only body"):
+        opened(directory, "tfds", cache, tokenizer)
+
+
+def test_grain_takes_the_rows_as_a_source(foreign: Path) -> None:
+    grain = pytest.importorskip("grain")
+    rows = open_rows(foreign, sequence_length=6, vocab_size=100)
+    shuffled = grain.MapDataset.source(rows).shuffle(seed=1)
+    assert sorted(row["tokens"][0] for row in shuffled) == list(range(10))

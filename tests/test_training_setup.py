@@ -98,13 +98,13 @@ def test_of_two_new_runs_in_one_directory_the_second_is_refused(
     run, other = tmp_path / "run", tmp_path / "other"
     prepared(work, other)
     before = digests(other)
-    open_data = setup._open_data
+    open_data = setup.open_data
 
     def overtaken(*arguments: Any) -> Any:
         other.rename(run)
         return open_data(*arguments)
 
-    monkeypatch.setattr(setup, "_open_data", overtaken)
+    monkeypatch.setattr(setup, "open_data", overtaken)
     with pytest.raises(UserError, match="run: another process trains here"):
         train(config_of(work, run))
     assert digests(run) == before
@@ -119,7 +119,7 @@ def test_a_signal_ends_the_preparation_at_once(
         os.kill(os.getpid(), number)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(setup, "_open_data", slow)
+    monkeypatch.setattr(setup, "open_data", slow)
     with pytest.raises(Stopped, match="stopped while it was prepared") as stopped:
         train(config_of(work, tmp_path / "run"))
     assert stopped.value.status == status
@@ -187,7 +187,7 @@ def told_by_first(work: Path, output: Path) -> tuple[Any, dict[str, Any]]:
     with RunLock() as lock:
         first = setup.prepare(config, lock)
     (output / setup.START_FILE).write_text("this start")
-    rows = {where: rows.path for where, rows in first.data.rows.items()}
+    rows = {where: (rows.path, rows.split) for where, rows in first.data.rows.items()}
     return config, {"token": "this start", "resume_step": None, "rows": rows}
 
 

@@ -1,4 +1,4 @@
-"""Opening data: a prepared data set, one made by others, or text files, as random-access rows."""
+"""Opening data as random-access rows: a data set of tokens as it is, all else prepared first."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from llamapro_jax.config_data import EvalSourceConfig, SourceConfig
 from llamapro_jax.data.columns import BadRow, BadShape, Columns
-from llamapro_jax.data.prepare import Tokenizer, prepare_text, read_fingerprint
+from llamapro_jax.data.documents import Content
+from llamapro_jax.data.prepare import TOKENIZER_DIRECTORY, Tokenizer, prepare, read_fingerprint
 from llamapro_jax.data.records import SPLIT, open_builder, open_split
 from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
 
-KINDS = ("text", "tfds")
+# Their split says what is read of them, of other kinds what is taken of the rows.
+OWN_SPLITS = ("tfds", "datasets")
 
 
 class Rows:
@@ -30,6 +33,7 @@ class Rows:
         self,
         name: str,
         path: str,
+        split: str,
         records: Any,
         columns: Columns,
         sequence_length: int,
@@ -38,6 +42,7 @@ class Rows:
     ) -> None:
         self.name = name
         self.path = path
+        self.split = split
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
@@ -120,39 +125,81 @@ def open_rows(
         _check_fingerprint(fingerprint, name, path, vocab_size, tokenizer_fingerprint)
     records = open_split(builder, path, split).data_source
     columns = Columns(builder.info.features, sequence_length)
-    return Rows(name, path, records, columns, sequence_length, vocab_size, fingerprint)
+    return Rows(name, path, split, records, columns, sequence_length, vocab_size, fingerprint)
+
+
+def content_of(entry: SourceConfig | EvalSourceConfig) -> Content | None:
+    """What has to be tokenised and packed for a source of a run; None when it has rows of tokens.
+
+    Raises UserError for a TFDS data set that is absent, or has neither tokens nor the text.
+    """
+    if entry.kind == "tfds":
+        features = open_builder(entry.path).info.features
+        if "tokens" in features:
+            return None
+        if entry.field not in features:
+            raise UserError(
+                f"{entry.name} ({entry.path}): has no feature 'tokens' and none called "
+                f"{entry.field!r}, only {', '.join(sorted(features))}; name the one that holds the "
+                "text in `field`."
+            )
+    split = entry.split if entry.kind in OWN_SPLITS else SPLIT
+    return Content(entry.path, entry.kind, entry.field, split)
+
+
+def prepared_template(entry: SourceConfig | EvalSourceConfig) -> str | None:
+    """The chat template of a TFDS data set that was prepared from conversations; None of others."""
+    directory = Path(open_builder(entry.path).data_path)
+    fingerprint = read_fingerprint(directory)
+    if fingerprint is None or fingerprint.get("kind") != "chat":
+        return None
+    file = directory / TOKENIZER_DIRECTORY / "chat_template.jinja"
+    if not file.is_file():
+        raise UserError(
+            f"{file}: is missing, with which the conversations were written; prepare the data set "
+            "again."
+        )
+    return file.read_text(encoding="utf-8")
 
 
 def open_source(
-    name: str,
-    path: str | Path,
-    kind: str,
-    split: str,
+    entry: SourceConfig | EvalSourceConfig,
+    *,
     tokenizer: Tokenizer | None,
     sequence_length: int,
-    cache_directory: str | Path,
     vocab_size: int,
+    cache_directory: str | Path,
 ) -> Rows:
-    """The rows of one named source of a run.
+    """The rows of one source of a run.
 
-    kind `text`: text files, prepared once under `cache_directory`. kind `tfds`: a data set as
-    `open_rows` takes it; `tokenizer` may be None then. Raises UserError as those two do.
+    Whatever is not rows of tokens is prepared first, once, under `cache_directory`. The `tokenizer`
+    may be None when nothing is. Raises UserError as `prepare` and `open_rows` do.
     """
-    if kind not in KINDS:
-        raise UserError(f"data source {name!r}: kind is {kind!r}; it must be 'text' or 'tfds'.")
-    if kind == "text":
+    content = content_of(entry)
+    path, split = entry.path, entry.split
+    if content is not None:
         if tokenizer is None:
             raise UserError(
-                f"data source {name!r}: text needs the model's tokenizer and the model has none; "
-                "add its tokenizer files, or name a prepared data set with kind 'tfds'."
+                f"data source {entry.name!r}: text needs the model's tokenizer and the model has "
+                "none; add its tokenizer files, or name a prepared data set with kind 'tfds'."
             )
-        path = prepare_text(path, tokenizer, sequence_length, cache_directory)
+        path = str(
+            prepare(
+                content,
+                tokenizer,
+                sequence_length,
+                cache=cache_directory,
+                template=entry.template,
+                label=entry.name,
+            )
+        )
+        split = SPLIT if entry.kind in OWN_SPLITS else entry.split
     return open_rows(
         path,
         sequence_length=sequence_length,
         vocab_size=vocab_size,
         split=split,
-        name=name,
+        name=entry.name,
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
     )
 

@@ -6,13 +6,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
+from llamapro_jax.config_data import ROWS
 from llamapro_jax.data.rows import Row, RowSource, empty_rows
 from llamapro_jax.errors import UserError
 
-Source = tuple[str, RowSource, float]
+Weight = float | Fraction
+Source = tuple[str, RowSource, Weight]
 
 
 class Mixture:
@@ -72,9 +75,29 @@ def _interleave(
     return batch
 
 
-def whole_shares(weights: Sequence[float]) -> list[int]:
+def exact(weight: Weight) -> Fraction:
+    """A float is the decimal number that it prints as."""
+    return weight if isinstance(weight, Fraction) else Fraction(repr(float(weight)))
+
+
+def parts(
+    weights: Sequence[float | Literal["rows"]], lengths: Sequence[int], share: Weight = 1.0
+) -> list[Fraction]:
+    """Each source's part of `share`, in exactly the ratio of the weights.
+
+    The weight `rows` is the source's number of rows, so that one pass over all of them takes each
+    row once.
+    """
+    taken = [
+        Fraction(length) if weight == ROWS else exact(weight)
+        for weight, length in zip(weights, lengths, strict=True)
+    ]
+    return [exact(share) * weight / sum(taken) for weight in taken]
+
+
+def whole_shares(weights: Sequence[Weight]) -> list[int]:
     """The smallest whole numbers in exactly the ratio of the weights as they print in decimal."""
-    fractions = [Fraction(repr(float(weight))) for weight in weights]
+    fractions = [exact(weight) for weight in weights]
     denominator = math.lcm(*(fraction.denominator for fraction in fractions))
     whole = [int(fraction * denominator) for fraction in fractions]
     divisor = math.gcd(*whole)

@@ -25,18 +25,11 @@ from llamapro_jax.architecture import check_described, check_length
 from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
-    EvalSourceConfig,
     RunConfig,
-    SourceConfig,
     changed,
     load_config,
     save_config,
 )
-from llamapro_jax.data.dataset import Rows, open_rows
-from llamapro_jax.data.dataset import open_source as open_rows_of
-from llamapro_jax.data.mixture import Mixture
-from llamapro_jax.data.prepare import text_fingerprint
-from llamapro_jax.data.text import text_files
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import (
     atomic_directory,
@@ -46,7 +39,7 @@ from llamapro_jax.files import (
     write_json,
 )
 from llamapro_jax.hf.config import read_config, render
-from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, with_template
 from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_first
 from llamapro_jax.model.attention import choose, platform_of
 from llamapro_jax.model.kernels import Problem
@@ -65,32 +58,10 @@ from llamapro_jax.training.run_directory import (
     is_run,
 )
 from llamapro_jax.training.state import check_spec
-
-DATA = "data"
+from llamapro_jax.training.texts import Data, check_texts, fingerprints, open_data, open_prepared
 
 # What the processes of a run recognise its directory by, written anew at each start.
 START_FILE = ".start"
-
-
-@dataclass(frozen=True)
-class Data:
-    """The texts of a run. rows: of each, by its place such as "sources.NAME" or "eval.NAME"."""
-
-    mixture: Mixture
-    rows: dict[str, Rows]
-
-    @property
-    def held_out(self) -> dict[str, Rows]:
-        of_eval = ((where.partition("."), rows) for where, rows in self.rows.items())
-        return {name: rows for (kind, _, name), rows in of_eval if kind == "eval"}
-
-    @property
-    def fingerprints(self) -> dict[str, str | None]:
-        """Of each prepared text; None for a set made by others."""
-        return {
-            where: one.fingerprint["fingerprint"] if one.fingerprint else None
-            for where, one in self.rows.items()
-        }
 
 
 @dataclass(frozen=True)
@@ -150,7 +121,7 @@ def prepare(config: RunConfig, lock: RunLock) -> Setup:
         return {
             "token": token,
             "resume_step": setup.resume_step,
-            "rows": {where: rows.path for where, rows in setup.data.rows.items()},
+            "rows": {where: (rows.path, rows.split) for where, rows in setup.data.rows.items()},
         }
 
     told = from_first(first)
@@ -166,17 +137,17 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     check_length(config, source.config)
     _check_mesh(config, source, mesh)
     _check_attention(config, source, mesh)
-    _check_texts(config)
     tokenizer = _tokenizer(source.directory)
+    template = check_texts(config, tokenizer)
     if not is_run(directory):
-        _create(config, directory, source, tokenizer, lock)
+        _create(config, directory, source, tokenizer, template, lock)
         record = RunRecord.read(directory)
-        data = _open_data(config, directory, source, tokenizer)
+        data = open_data(config, directory, source.config.vocab_size, tokenizer)
     else:
         lock.take(directory)
         record = _check_model(directory, source)
         _check_texts_are_same(config, directory, record, tokenizer)
-        data = _open_data(config, directory, source, tokenizer)
+        data = open_data(config, directory, source.config.vocab_size, tokenizer)
         _check_same(directory, record, data.fingerprints)
         record = _update(config, directory, record)
     steps = committed_steps(directory / CHECKPOINTS)
@@ -192,11 +163,7 @@ def _follow(config: RunConfig, told: Mapping[str, Any]) -> Setup:
     # Of other formats the digest takes the reading of all tensors, which process 0 has done.
     if isinstance(source, FlaxSource):
         _check_model(directory, source)
-    rows = {
-        where: _open_prepared(where, entry, told["rows"][where], config, source)
-        for where, entry in _entries(config)
-    }
-    data = _data(config, rows)
+    data = open_prepared(config, told["rows"], source.config.vocab_size)
     mesh = build_mesh(config.mesh)
     return Setup(config, directory, source, record, data, told["resume_step"], mesh)
 
@@ -211,28 +178,6 @@ def _wait_for_start(directory: Path, token: str) -> None:
                 "output to a directory on a file system that all hosts share."
             )
         time.sleep(0.2)
-
-
-def _open_prepared(
-    where: str,
-    entry: SourceConfig | EvalSourceConfig,
-    path: str,
-    config: RunConfig,
-    source: Source,
-) -> Rows:
-    if entry.kind == "text" and not Path(path).is_dir():
-        raise UserError(
-            f"data.{where}: process 0 prepared its text in {path}, which this process does not "
-            "see; set data.cache_directory to a directory on a file system that all hosts share, "
-            "or to null."
-        )
-    return open_rows(
-        path,
-        sequence_length=config.data.sequence_length,
-        vocab_size=source.config.vocab_size,
-        split=entry.split,
-        name=entry.name,
-    )
 
 
 # ------------------------------------------------------------------- checks
@@ -259,20 +204,6 @@ def _check_attention(config: RunConfig, source: Source, mesh: Mesh) -> None:
         context=mesh.shape["context"],
     )
     choose(config.training.attention, problem)
-
-
-def _entries(config: RunConfig) -> list[tuple[str, SourceConfig | EvalSourceConfig]]:
-    of_training = [(f"sources.{entry.name}", entry) for entry in config.data.sources]
-    return of_training + [(f"eval.{entry.name}", entry) for entry in config.data.eval]
-
-
-def _check_texts(config: RunConfig) -> None:
-    for where, entry in _entries(config):
-        if entry.kind == "text":
-            try:
-                text_files(entry.path)
-            except UserError as error:
-                raise UserError(f"data.{where}: {error}") from None
 
 
 def _check_config(config: RunConfig, directory: Path) -> None:
@@ -312,12 +243,8 @@ def _check_texts_are_same(
     config: RunConfig, directory: Path, record: RunRecord, tokenizer: Tokenizer | None
 ) -> None:
     """Compares the texts, and the tokenizer, with those that the run began with."""
-    if tokenizer is None:
-        return
-    texts = [(where, entry.path) for where, entry in _entries(config) if entry.kind == "text"]
-    length = config.data.sequence_length
-    found = {where: text_fingerprint(path, tokenizer, length) for where, path in texts}
-    _check_same(directory, record, found)
+    if tokenizer is not None:
+        _check_same(directory, record, fingerprints(config, tokenizer))
 
 
 def _check_same(
@@ -351,42 +278,16 @@ def _update(config: RunConfig, directory: Path, record: RunRecord) -> RunRecord:
     return record
 
 
-def _open_data(
-    config: RunConfig, directory: Path, source: Source, tokenizer: Tokenizer | None
-) -> Data:
-    """Prepares the texts, unless they are prepared already, and opens all rows."""
-    cache = Path(config.data.cache_directory or directory / DATA)
-    rows: dict[str, Rows] = {}
-    for where, entry in _entries(config):
-        rows[where] = open_rows_of(
-            name=entry.name,
-            path=entry.path,
-            kind=entry.kind,
-            split=entry.split,
-            tokenizer=tokenizer,
-            sequence_length=config.data.sequence_length,
-            cache_directory=cache,
-            vocab_size=source.config.vocab_size,
-        )
-    return _data(config, rows)
-
-
-def _data(config: RunConfig, rows: dict[str, Rows]) -> Data:
-    training = [
-        (entry.name, rows[f"sources.{entry.name}"], entry.weight) for entry in config.data.sources
-    ]
-    return Data(Mixture(training, config.data.batch_size, config.seed), rows)
-
-
 def _create(
     config: RunConfig,
     directory: Path,
     source: Source,
     tokenizer: Tokenizer | None,
+    template: str | None,
     lock: RunLock,
 ) -> None:
     try:
-        _write_new(config, directory, source, tokenizer, lock)
+        _write_new(config, directory, source, tokenizer, template, lock)
     except (OSError, UserError):
         if is_run(directory):  # The same command, at the same time, was first.
             raise taken(directory) from None
@@ -398,11 +299,12 @@ def _write_new(
     directory: Path,
     source: Source,
     tokenizer: Tokenizer | None,
+    template: str | None,
     lock: RunLock,
 ) -> None:
     with atomic_directory(directory) as temporary:
         lock.take(temporary)
-        data = _open_data(config, temporary, source, tokenizer)
+        data = open_data(config, temporary, source.config.vocab_size, tokenizer)
         fingerprint = source.fingerprint()
         trained = lineage_entry(
             "train",
@@ -420,6 +322,8 @@ def _write_new(
         )
         fingerprint.write(temporary)
         copy_tokenizer(source.directory, temporary)
+        if template is not None:
+            with_template(temporary, template)
         save_config(config, temporary / CONFIG_FILE)
         RunRecord(
             model=_place(config.model),
