@@ -10,7 +10,7 @@ dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamapro_jax.data.chat import BadRecord, ChatTemplate, Message
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import Segment
 from llamapro_jax.hf.tokenizer_config import optional_json
@@ -181,6 +182,20 @@ def prompt_ids(model: OpenedModel, prompt: str) -> list[int]:
     return ids
 
 
+def chat_ids(model: OpenedModel, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation in the model's own chat template, with the answer begun.
+
+    messages: as `llamapro_jax.data.chat.messages_of` gives them, the last one a user's.
+
+    Raises:
+      UserError: no tokenizer, no chat template, or one that cannot render these messages.
+    """
+    try:
+        return ChatTemplate.of_tokenizer(model.require_tokenizer()).prompt(messages)
+    except BadRecord as error:
+        raise UserError(f"the conversation cannot be rendered: {error}.") from None
+
+
 def check_length(
     model: OpenedModel, prompt: Sequence[int], max_tokens: int | None
 ) -> tuple[np.ndarray, int]:
@@ -212,10 +227,12 @@ def stream_tokens(
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
     new_blocks: bool = True,
+    stops: Iterable[int] = (),
 ) -> Iterator[int]:
     """Ids that follow `prompt`, as they are made, until a stop id (left out) or `max_tokens`.
 
     max_tokens: None means 128, or what fits into the model. new_blocks=False: without them.
+    stops: stop ids besides those of the model.
 
     Raises UserError as `check_length` does.
     """
@@ -223,13 +240,19 @@ def stream_tokens(
     tokens, max_tokens = check_length(model, prompt, max_tokens)
     sampling = sampling or Sampling()
     program = Program(model.config, model.plan.segments, model.dtype, new_blocks)
-    return _stream(model, program, tokens, max_tokens, sampling.draw(model.config.vocab_size))
+    draw = sampling.draw(model.config.vocab_size)
+    return _stream(model, program, tokens, max_tokens, draw, stop_ids(model).union(stops))
 
 
 def _stream(
-    model: Model, program: Program, tokens: np.ndarray, max_tokens: int, draw: Draw
+    model: Model,
+    program: Program,
+    tokens: np.ndarray,
+    max_tokens: int,
+    draw: Draw,
+    stops: frozenset[int],
 ) -> Iterator[int]:
-    stops, length = stop_ids(model), len(tokens)
+    length = len(tokens)
     padded = np.zeros((1, padded_length(length)), np.int32)
     padded[0, :length] = tokens
     token, cache = _prefill(program, model.params, padded, np.int32(length), draw)
@@ -262,13 +285,42 @@ def stream_text(
     tokens = stream_tokens(
         model, ids, max_tokens=max_tokens, sampling=sampling, new_blocks=new_blocks
     )
+    return _decoded(model, ids, tokens)
 
-    def pieces() -> Iterator[str]:
-        decoder = model.require_tokenizer().stream_decoder()
-        for token in ids[-DECODER_CONTEXT:]:
-            decoder.push(token)
-        for token in tokens:
-            yield decoder.push(token)
-        yield decoder.flush()
 
-    return (piece for piece in pieces() if piece)
+def stream_answer(
+    model: Model,
+    messages: Sequence[Message],
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    new_blocks: bool = True,
+) -> Iterator[str]:
+    """Pieces of the model's answer to `messages`, in its own chat template.
+
+    It ends where the template ends an answer too. Raises UserError as `chat_ids` and
+    `stream_tokens` do.
+    """
+    ids = chat_ids(model, messages)
+    end = ChatTemplate.of_tokenizer(model.require_tokenizer()).end_id
+    tokens = stream_tokens(
+        model,
+        ids,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        new_blocks=new_blocks,
+        stops=() if end is None else (end,),
+    )
+    return _decoded(model, ids, tokens)
+
+
+def _decoded(model: Model, before: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `tokens`, which follow the ids `before`."""
+    decoder = model.require_tokenizer().stream_decoder()
+    for token in before[-DECODER_CONTEXT:]:
+        decoder.push(token)
+    for token in tokens:
+        if piece := decoder.push(token):
+            yield piece
+    if piece := decoder.flush():
+        yield piece

@@ -371,6 +371,14 @@ def test_a_tokenizer_s_own_template_is_found_written_and_kept(
         assert config["chat_template"] == LLAMA_PRO
 
 
+def test_the_token_that_ends_an_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert ChatTemplate.load("llama_pro", tokenizer).end_id == tokenizer.eos_id
+    turn_end = tokenizer.special_tokens.get("<|turn_end|>")
+    for text, expected in ((LLAMA_3, turn_end), (CHATML, tokenizer.eos_id)):
+        (tmp_path / "template.jinja").write_text(text)
+        assert ChatTemplate.load(str(tmp_path / "template.jinja"), tokenizer).end_id == expected
+
+
 # ---------------------------------------------------------------------- conversations that fit
 
 

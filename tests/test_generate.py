@@ -15,8 +15,10 @@ from checkpoints import write_tiny, write_torch
 from models import random_model, write_with_tokenizer
 
 from llamapro_jax import UserError, cli, generate
+from llamapro_jax.data.chat import LLAMA_PRO
 from llamapro_jax.expansion import spread
 from llamapro_jax.generate import padded_length, stop_ids
+from llamapro_jax.hf.tokenizer import with_template
 from llamapro_jax.model import api
 from llamapro_jax.model.api import Model, load
 from llamapro_jax.sampling import Sampling, choose
@@ -92,6 +94,8 @@ def test_it_stops_before_an_end_token_and_after_max_tokens(tmp_path: Path) -> No
     assert len(free) == 8 and model.generate(PROMPT, max_tokens=3) == free[:3]
     assert model.generate(PROMPT, max_tokens=1) == free[:1]
     end = free[4]
+    stopped = generate.stream_tokens(model, PROMPT, max_tokens=8, stops=[99, end])
+    assert list(stopped) == free[: free.index(end)]
     for where in ("config.json", "generation_config.json"):
         path = tmp_path / "base" / where
         before = path.read_text() if path.exists() else None
@@ -258,10 +262,43 @@ def test_the_verb_prints_the_prompt_and_what_follows(
     assert capsys.readouterr().out == f"the cat{expected}\n"
 
 
+def test_the_verb_prints_the_answer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_with_tokenizer(tmp_path / "model", max_position_embeddings=128)
+    with_template(path, LLAMA_PRO)
+    model, asked = load(str(path)), [{"role": "user", "content": "the cat</s>"}]
+    ids = generate.chat_ids(model, asked)
+    assert model.tokenizer.decode(ids) == "<|user|>\nthe cat</s>\n<|assistant|>\n"
+    assert ids.count(model.tokenizer.bos_id) == 1 and model.tokenizer.eos_id not in ids
+    expected = "".join(generate.stream_answer(model, asked, max_tokens=6))
+    assert cli.main(["generate", str(path), "the cat</s>", "--chat", "--max-tokens", "6"]) == 0
+    assert capsys.readouterr().out == expected + "\n" != "\n"
+
+    def answer(model: Model, prompt: Any, *, stops: Any, **options: Any) -> Any:
+        assert list(prompt) == ids and tuple(stops) == (model.tokenizer.eos_id,)
+        return iter(model.tokenizer.encode("on a mat", bos=False))
+
+    monkeypatch.setattr(generate, "stream_tokens", answer)
+    assert cli.main(["generate", str(path), "the cat</s>", "--chat"]) == 0
+    assert capsys.readouterr().out.strip() == "on a mat"
+
+
+def test_messages_that_the_template_refuses_are_an_error(tmp_path: Path) -> None:
+    path = write_with_tokenizer(tmp_path / "model")
+    with_template(path, LLAMA_PRO + "{{ raise_exception('a third') if messages | length > 2 }}")
+    model = load(str(path))
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    with pytest.raises(UserError, match="the conversation cannot be rendered.*a third"):
+        generate.stream_answer(model, turns)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["without", "the cat"], "looked for tokenizer.json and tokenizer.model"),
+        (["without", "the cat", "--chat"], "looked for tokenizer.json and tokenizer.model"),
+        (["with", "the cat", "--chat"], "has no chat template"),
         (["with", "the cat", "--generations", "1"], "generation 1 does not exist"),
         (["with", "the cat", "--strength", "nan"], "strength is nan"),
         (["with", "the cat", "--max-tokens", "0"], "max_tokens is 0"),

@@ -18,7 +18,7 @@ from llamapro_jax.data.templates import CLOSE, LLAMA_PRO, OPEN, TemplateError, r
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import TOKEN_MARK, Tokenizer
 
-__all__ = ["LLAMA_PRO", "BadRecord", "ChatTemplate", "messages_of"]
+__all__ = ["LLAMA_PRO", "BadRecord", "ChatTemplate", "Message", "messages_of"]
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,13 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """SHA-256 in hex of the template."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The special token that ends an answer; None where the template writes none."""
+        special = set(self.tokenizer.special_tokens.values()) - {self.tokenizer.bos_id}
+        ids = self.encode(_PROBE)[0].tolist()
+        return next((index for index in reversed(ids) if index in special), None)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation with the assistant's turn opened. Raises as `encode` does."""

@@ -1,4 +1,7 @@
-"""Continue a text. It is printed as it is made, after the prompt.
+"""Continue a text, or answer with --chat. What is made is printed as it is made, after the prompt.
+
+With --chat PROMPT is what a user says: it is put into the model's own chat template, the answer
+alone is printed, and it ends where the template ends an answer.
 
 MODEL may be a Flax checkpoint, a run, a Hugging Face directory or a hub id. Without
 --temperature the most likely token is taken each time.
@@ -14,13 +17,15 @@ HELP = "continue a text"
 EXAMPLE = """\
 llamapro generate runs/llama2_7b_pro "def fibonacci(n):"
 llamapro generate runs/llama2_7b_pro "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
-llamapro generate runs/llama2_7b_pro "The capital of France is" --generations 0"""
+llamapro generate runs/llama2_7b_pro "The capital of France is" --generations 0
+llamapro generate runs/llama2_7b_pro_instruct "What is the capital of France?" --chat"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="the model")
-    add("prompt", metavar="PROMPT", help="the text to continue")
+    add("prompt", metavar="PROMPT", help="the text to continue, or what a user says")
+    add("--chat", action="store_true", help="answer PROMPT in the model's chat template")
     add("--max-tokens", type=int, metavar="N", help="most new tokens (default 128, or what fits)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (the default)")
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
@@ -40,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @enabled(AUTO)
 def run(args: argparse.Namespace) -> None:
-    from llamapro_jax.generate import check_length, prompt_ids
+    from llamapro_jax import generate
     from llamapro_jax.model.api import open_model
     from llamapro_jax.sampling import Sampling
 
-    Sampling(args.temperature, args.top_k, args.top_p, args.seed)  # checked before a model loads
+    # Checked before a model loads.
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     opened = open_model(
         args.model,
         dtype=args.dtype,
@@ -52,16 +58,23 @@ def run(args: argparse.Namespace) -> None:
         strength=args.strength,
         allow_bin=args.allow_bin,
     )
-    check_length(opened, prompt_ids(opened, args.prompt), args.max_tokens)
-    pieces = opened.load().stream(
-        args.prompt,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
+    messages = [{"role": "user", "content": args.prompt}]
+    ids = (
+        generate.chat_ids(opened, messages)
+        if args.chat
+        else generate.prompt_ids(opened, args.prompt)
     )
-    print(args.prompt, end="", flush=True)
+    generate.check_length(opened, ids, args.max_tokens)
+    model = opened.load()
+    if args.chat:
+        pieces = generate.stream_answer(
+            model, messages, max_tokens=args.max_tokens, sampling=sampling
+        )
+    else:
+        pieces = generate.stream_text(
+            model, args.prompt, max_tokens=args.max_tokens, sampling=sampling
+        )
+        print(args.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
