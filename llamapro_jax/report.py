@@ -331,8 +331,9 @@ def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
         "" if rows is None else f"at most the first {rows:,} rows of each text",
     )
     said = ", ".join(part for part in parts if part)
-    table = _table(evaluation["columns"], evaluation["rows"])
-    return f"<p>{said}.</p>{table}" if said else table
+    tables = (evaluation, *evaluation.get("more", ()))
+    shown = "".join(_table(table["columns"], table["rows"]) for table in tables)
+    return f"<p>{said}.</p>{shown}" if said else shown
 
 
 def _facts(
@@ -386,7 +387,8 @@ def render(
 
     `records` as `metrics.read_metrics` gives them (at least one), `config_text` the run's YAML,
     `model` any facts about the model (nested mappings become dotted names), `evaluation` a table
-    `{"columns": [...], "rows": [[...]]}`, with `title`, `step` and `max_rows` where it has them.
+    `{"columns": [...], "rows": [[...]]}`, with `title`, `step` and `max_rows` where it has them,
+    and further tables in `more`.
     """
     sections = [
         "<h2>Run</h2>" + _table((), _facts(_settings(config_text), model or {}, records)),
@@ -455,4 +457,6 @@ def _is_table(value: Any) -> bool:
         and isinstance(value.get("rows"), list)
         and all(isinstance(row, list) for row in value["rows"])
         and all(isinstance(value.get(key), int | None) for key in ("step", "max_rows"))
+        and isinstance(value.get("more", []), list)
+        and all(map(_is_table, value.get("more", [])))
     )

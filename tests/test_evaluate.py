@@ -318,7 +318,7 @@ def test_the_verb_prints_a_table_and_writes_json(
     ("arguments", "message"),
     [
         (["--text", "prose.txt"], "--text prose.txt: must be NAME=PATH"),
-        (["--text", "a=x.txt", "a=y.txt"], "'a' names two texts"),
+        (["--text", "a=x.txt", "a=y.txt"], "'a' is given twice"),
         (["--text", "a=absent.txt"], "absent.txt: no such file"),
         (["--text", "a=TEXT", "--generations", "2"], "generation 2 does not exist"),
         (["--text", "a=TEXT", "--strength", "2"], "strength is 2.0"),
