@@ -17,6 +17,7 @@ from chat_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamapro_jax.config import load_config
 from llamapro_jax.data.chat import LLAMA_PRO, BadRecord, ChatTemplate, messages_of
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import write_json
@@ -501,3 +502,38 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_records_without_a_usable_conversation(record: dict[str, Any], why: str) -> None:
     with pytest.raises(BadRecord, match=why):
         messages_of(record)
+
+
+# ------------------------------------------------------------------------------ the document
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "instruction_tuning.md"
+
+
+def block(language: str) -> str:
+    found = re.search(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_records_of_the_document_are_taken() -> None:
+    records = [json.loads(line) for line in block("json").splitlines()]
+    assert len(records) == 6
+    for record in records:
+        assert messages_of(record)[-1] == {"role": "assistant", "content": "4"}
+
+
+def test_the_template_of_the_document_is_the_shipped_one(tokenizer: Tokenizer) -> None:
+    shown = re.search(r"^  ```\n(.*?)^  ```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    end = tokenizer.token_of(tokenizer.eos_id)
+    expected = "".join(line.removeprefix("  ") for line in shown[1].splitlines(keepends=True))
+    ids, _ = ChatTemplate.load("llama_pro", tokenizer).encode(
+        turns("2 + 2?", "4", system="Be brief.")
+    )
+    assert tokenizer.decode(ids) + "</s>\n" == expected and tokenizer.token_of(ids[-1]) == end
+
+
+def test_the_configuration_of_the_document_is_one(tmp_path: Path) -> None:
+    (tmp_path / "my_instruct.yaml").write_text(block("yaml"))
+    config = load_config(tmp_path / "my_instruct.yaml")
+    assert config.data.sources[0].kind == "chat" and config.trainable == ("all",)
