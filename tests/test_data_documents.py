@@ -128,9 +128,14 @@ def test_parquet_reads_one_column_by_row_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_parquet_with_any_type_of_string(tmp_path: Path, kind: str) -> None:
     pa = pytest.importorskip("pyarrow")
-    array = pa.array(TEXTS)
-    array = array.dictionary_encode() if kind == "dictionary" else array.cast(getattr(pa, kind)())
-    file = write_parquet(tmp_path / "a.parquet", {"text": array})
+    if kind == "dictionary":
+        array = pa.array(TEXTS).dictionary_encode()
+    else:
+        array = pa.array(TEXTS, getattr(pa, kind)())
+    try:
+        file = write_parquet(tmp_path / "a.parquet", {"text": array})
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"this pyarrow writes no {kind}")
     assert values(Content(str(file))) == TEXTS
 
 
