@@ -25,15 +25,15 @@ _MODEL_FILES = (CHECKPOINT, "run.json", "config.json", DELTA)
 _DATA_FILE = "dataset_info.json"
 
 
-def is_data_set(path: str) -> bool:
+def is_data_set(path: str, expected: bool) -> bool:
     """Whether `path` is a TFDS data set, by its directory or by name, and not a model.
 
-    Raises UserError for a directory that is neither.
+    expected: take what is no directory for a data set and not for a hub id, so that what opens it
+    says what is wrong. Raises UserError for a directory that is neither.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        # A hub id, or what is no path at all: what opens a model says best what is wrong with it.
-        return _is_data_set_name(path) and not directory.exists()
+        return not directory.exists() and (expected or _is_data_set_name(path))
     if any((directory / name).is_file() for name in _MODEL_FILES):
         return False
     if (directory / _DATA_FILE).is_file() or any(directory.glob(f"*/{_DATA_FILE}")):

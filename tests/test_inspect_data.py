@@ -224,7 +224,7 @@ def test_data_sets_of_others(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = tokenizer.encode("An answer", eos=True)
     features = {"tokens": tfds.features.Sequence(np.int64)}
     path = foreign(tmp_path / "ragged" / "1.0.0", features, {"tokens": ids}).parent
-    assert is_data_set(str(path))
+    assert is_data_set(str(path), expected=False)
     description = show.describe(str(path), tokenizer=str(tokenizer.source))
     assert description["split"] == "test" and description["sequence_length"] is None
     (segment,) = description["rows"][0]["segments"]
@@ -267,6 +267,10 @@ def test_the_verb_tells_models_from_data(
         ([str(model), "--row", "1"], "is a model; --row is for data sets"),
         ([str(tmp_path / "empty")], "neither a model .* nor a prepared data set"),
         ([str(tmp_path / "absent")], "no such directory"),
+        (
+            ["data/absent", "--row", "1"],
+            "data/absent: is neither a directory nor the name of a TFDS",
+        ),
         (["no_such_name"], "no_such_name: no such directory. A model is"),
         ([str(chat / "dataset_info.json")], "is a file"),
         ([str(chat), "--split", "trian"], "Did you mean 'train'"),

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = {name: getattr(args, name) for name in ("split", "rows", "row", "tokenizer")}
     options = {name: value for name, value in options.items() if value is not None}
-    if inspect.is_data_set(args.path):
+    if inspect.is_data_set(args.path, expected=bool(options)):
         _show_data(args, options)
         return
     inspect.refuse_options(args.path, options)
