@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from data_sources import ByteTokenizer
 
 from llamapro_jax.config import SourceConfig
+from llamapro_jax.data import dataset
 from llamapro_jax.data.dataset import Rows, open_rows, open_source
 from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.data.prefetch import Prefetcher
@@ -123,16 +124,20 @@ def test_the_sequence_length_must_be_the_runs(foreign: Path, tmp_path: Path) -> 
     ragged = write_foreign(
         tmp_path / "ragged", tokens_feature(None), [{"tokens": np.arange(n)} for n in (5, 6, 5)]
     )
-    rows = open_rows(ragged, sequence_length=5, vocab_size=100, name="mine")
-    assert len(rows[0]["tokens"]) == 5
     with pytest.raises(UserError, match=r"mine \(.*ragged\), row 1: 'tokens' has shape \(6,\)"):
-        rows[1]
+        open_rows(ragged, sequence_length=5, vocab_size=100, name="mine")
 
 
 @pytest.mark.parametrize("token", [-1, 50, 2**33])
-def test_a_token_beyond_the_vocabulary_names_source_and_row(tmp_path: Path, token: int) -> None:
+def test_a_token_beyond_the_vocabulary_names_source_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: int
+) -> None:
     examples = [{"tokens": np.array([1, 2])}, {"tokens": np.array([49, token])}]
     directory = write_foreign(tmp_path / "set", tokens_feature(2), examples)
+    with pytest.raises(UserError, match=f"mine .*row 1: token {token} is not in .* of 50"):
+        open_rows(directory, sequence_length=2, vocab_size=50, name="mine")
+    # Of a large data set not every row is read when it is opened.
+    monkeypatch.setattr(dataset, "ROWS_LOOKED_AT", 1)
     rows = open_rows(directory, sequence_length=2, vocab_size=50, name="mine")
     assert rows[0]["tokens"].tolist() == [1, 2]
     with pytest.raises(UserError, match=f"mine .*row 1: token {token} is not in .* of 50"):

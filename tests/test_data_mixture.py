@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from data_sources import ArrayRows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamapro_jax.data.mixture import Mixture, counts_before, picks, whole_shares
+from llamapro_jax.data.mixture import Mixture, counts_before, exact, parts, picks, whole_shares
 from llamapro_jax.errors import UserError
 
 weights_strategy = st.lists(
@@ -31,6 +32,36 @@ def test_weights_are_the_decimals_they_print_as() -> None:
     assert whole_shares([1.0, 1.5]) == [2, 3]
     assert whole_shares([0.1, 0.2, 1e-5]) == [10000, 20000, 1]
     assert whole_shares([5]) == [1]
+
+
+def test_replay_has_exactly_its_share() -> None:
+    """Of any 1,000 rows that begin a cycle, whatever the weights within the two lists."""
+    lengths = [50, 7, 30, 11]
+    own = parts([1.0, 1.5], lengths[:2], 1 - exact(0.1))
+    replayed = parts(["rows", "rows"], lengths[2:], 0.1)
+    assert sum(own) == Fraction(9, 10) and sum(replayed) == Fraction(1, 10)
+    sources = [
+        (name, ArrayRows(length), weight)
+        for name, length, weight in zip("abcd", lengths, [*own, *replayed], strict=True)
+    ]
+    mixture = Mixture(sources, 4100, 0)  # one cycle of 18 : 27 : 5, of which 30 : 11
+    counts = np.bincount(mixture.batch(0)["source"])
+    assert counts.tolist() == [36 * 41, 54 * 41, 300, 110]
+
+
+def test_weights_by_rows_pass_over_everything_once_an_epoch() -> None:
+    lengths = [50, 7, 13]
+    sources = [
+        (name, ArrayRows(length, first=1000 * i), weight)
+        for i, (name, length, weight) in enumerate(
+            zip("abc", lengths, parts(["rows"] * 3, lengths), strict=True)
+        )
+    ]
+    tokens = first_tokens(Mixture(sources, 10, 0), range(21)).reshape(3, 70)
+    everything = [1000 * i + row for i, length in enumerate(lengths) for row in range(length)]
+    for epoch in tokens:
+        assert sorted(epoch) == everything
+    assert (tokens[0] != tokens[1]).any() and (tokens[1] != tokens[2]).any()
 
 
 @given(weights_strategy, st.integers(0, 10**15))

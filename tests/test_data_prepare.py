@@ -150,9 +150,12 @@ import socket, sys
 def refuse(*_): raise AssertionError("network")
 socket.socket.connect = refuse
 from data_sources import ByteTokenizer
+from llamapro_jax.config import SourceConfig
 from llamapro_jax.data.dataset import open_source
-corpus, cache = {str(corpus)!r}, {str(tmp_path)!r}
-rows = open_source("a", corpus, "text", "train", ByteTokenizer(), 8, cache, 258)
+rows = open_source(
+    SourceConfig("my texts", {str(corpus)!r}), tokenizer=ByteTokenizer(), sequence_length=8,
+    vocab_size=258, cache_directory={str(tmp_path)!r},
+)
 rows[0]
 assert not {{"tensorflow", "torch", "jax"}} & set(sys.modules)
 """

@@ -16,6 +16,7 @@ from llamapro_jax.data.records import SPLIT, open_builder, open_split
 from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
 
+ROWS_LOOKED_AT = 64
 # Their split says what is read of them, of other kinds what is taken of the rows.
 OWN_SPLITS = ("tfds", "datasets")
 
@@ -114,7 +115,8 @@ def open_rows(
 
     `path` is its directory, or a name that TFDS finds on this machine. Raises UserError when it is
     absent, empty, damaged, in another file format, has no `tokens` [T] of the run's sequence
-    length, or was prepared with another tokenizer than `tokenizer_fingerprint`.
+    length, or was prepared with another tokenizer than `tokenizer_fingerprint`. Some rows are read,
+    so that what is wrong with all of them is found here.
     """
     path = str(path)
     name = name or Path(path).name
@@ -125,7 +127,9 @@ def open_rows(
         _check_fingerprint(fingerprint, name, path, vocab_size, tokenizer_fingerprint)
     records = open_split(builder, path, split).data_source
     columns = Columns(builder.info.features, sequence_length)
-    return Rows(name, path, split, records, columns, sequence_length, vocab_size, fingerprint)
+    rows = Rows(name, path, split, records, columns, sequence_length, vocab_size, fingerprint)
+    rows.read(range(0, len(rows), -(-len(rows) // ROWS_LOOKED_AT)))
+    return rows
 
 
 def content_of(entry: SourceConfig | EvalSourceConfig) -> Content | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import write_json
 from llamapro_jax.flops import step_flops
-from llamapro_jax.launch.processes import from_first, is_first, settled
+from llamapro_jax.launch.processes import count, from_first, is_first, settled
 from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
 from llamapro_jax.model.llama import Params
 from llamapro_jax.model.params import load_params
@@ -91,7 +92,11 @@ def _say(text: str) -> None:
 
 @dataclass
 class _Progress:
-    """What one go of a run carries along. seconds: spent training before this go."""
+    """What one go of a run carries along.
+
+    seconds: spent training before this go. waiting: the metrics of the newest step, which may
+    still be running.
+    """
 
     setup: Setup
     state: TrainState
@@ -107,6 +112,7 @@ class _Progress:
     step: int = 0
     began: float = field(default_factory=time.monotonic)
     saved: int | None = None
+    waiting: Any = None
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.began
@@ -260,19 +266,18 @@ def _take_steps(run: _Progress) -> None:
     _stop_if_asked(run)
 
     rate = _Rate(setup, run.step)
-    waiting: Any = None
     with (
         Profile(setup.config.profile, setup.directory, run.step, run.display.message) as profile,
         Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches,
     ):
-        for batch in batches:
+        for batch in _readable(run, batches):
             run.state, metrics = settled(
-                profile.take(run.step + 1, waiting, compiled, run.state, run.frozen, batch)
+                profile.take(run.step + 1, run.waiting, compiled, run.state, run.frozen, batch)
             )
             run.step += 1
             # One step waits while another runs: the device is busy, and a stop is never far.
-            jax.block_until_ready(waiting)
-            waiting = metrics
+            jax.block_until_ready(run.waiting)
+            run.waiting = metrics
             last = run.step == training.steps
             if last or run.step % training.log_every == 0:
                 _log(run, metrics, rate)
@@ -283,6 +288,18 @@ def _take_steps(run: _Progress) -> None:
                 _save(run, metrics)
             rate.pause(time.monotonic() - pause)
             _stop_if_asked(run, metrics)
+
+
+def _readable(run: _Progress, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches. When one cannot be read, what was done until then is saved first."""
+    try:
+        yield from batches
+    except UserError:
+        # The others of several processes do not know of it, and saving takes them all.
+        if count() == 1 and run.step and run.saved != run.step:
+            _save(run, run.waiting)
+            run.checkpoints.wait()
+        raise
 
 
 class _Rate:
