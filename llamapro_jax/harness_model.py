@@ -96,6 +96,7 @@ class HarnessModel(TemplateLM):
         **options: Any,
     ) -> None:
         super().__init__()
+        options.pop("device", None)  # the harness always names one; JAX_PLATFORMS decides
         _check_options(options, loaded=isinstance(pretrained, Model))
         if not str(batch_size).isdecimal():
             raise UserError(f"batch_size is {batch_size!r}; it must be a number, such as 8.")
@@ -300,11 +301,6 @@ class HarnessModel(TemplateLM):
 
 
 def _check_options(options: Mapping[str, Any], loaded: bool) -> None:
-    if "device" in options:
-        raise UserError(
-            f"device is {options['device']!r}, which means nothing here; choose the device with "
-            "the environment variable JAX_PLATFORMS."
-        )
     for name in options:
         if name not in _LOAD_OPTIONS:
             raise UserError(
