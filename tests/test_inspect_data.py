@@ -232,6 +232,8 @@ def test_data_sets_of_others(tokenizer: Tokenizer, tmp_path: Path) -> None:
     page = io.StringIO()
     show.print_description(description, Console(file=page))
     assert "made by others" in page.getvalue()
+    write_json(path / "1.0.0" / "fingerprint.json", ["another program's"])
+    assert show.describe(str(path), rows=0)["fingerprint"] is None
     huge = foreign(tmp_path / "huge", features, {"tokens": [1, 2**32 + 1]})
     with pytest.raises(UserError, match="4294967297 is too large"):
         show.describe(str(huge), tokenizer=str(tokenizer.source))

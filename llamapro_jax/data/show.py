@@ -53,7 +53,7 @@ def describe(
     builder = open_builder(path)
     features = builder.info.features
     _check_features(features, path)
-    fingerprint = read_fingerprint(builder.data_path)
+    fingerprint = _own_fingerprint(builder.data_path)
     splits = {
         name: _counts(info.num_examples, fingerprint, name)
         for name, info in builder.info.splits.items()
@@ -97,6 +97,12 @@ def _check_features(features: Any, path: str) -> None:
                 f"{path}: {name!r} is {np.dtype(feature.np_dtype).name} of shape "
                 f"{tuple(feature.shape)}; a row has integers [T] there."
             )
+
+
+def _own_fingerprint(directory: str | Path) -> dict[str, Any] | None:
+    """What `llamapro prepare` recorded; None where another program's file has the same name."""
+    record = read_fingerprint(directory)
+    return record if isinstance(record, dict) and "tokenizer" in record else None
 
 
 def _counts(rows: int, fingerprint: Mapping[str, Any] | None, split: str) -> dict[str, Any]:
