@@ -21,6 +21,7 @@ VERBS = (
     "expand",
     "inspect",
     "plan",
+    "prepare",
     "train",
     "evaluate",
     "report",

@@ -46,7 +46,7 @@ _SPLIT = (
 )
 
 
-def _content_problems(entry: SourceConfig | EvalSourceConfig) -> Problems:
+def content_problems(entry: SourceConfig | EvalSourceConfig) -> Problems:
     """An option that nothing reads with this kind is a problem: it would be believed to act."""
     yield from not_empty(entry, "path", "split", "field", "template")
     if entry.field != DEFAULT_FIELD and entry.kind in ("code", "chat"):
@@ -76,7 +76,7 @@ class SourceConfig:
     split: str = option(_SPLIT, "train")
 
     def problems(self) -> Problems:
-        yield from _content_problems(self)
+        yield from content_problems(self)
         if self.weight != ROWS:
             yield from positive(self, "weight")
 
@@ -95,7 +95,7 @@ class EvalSourceConfig:
     )
 
     def problems(self) -> Problems:
-        yield from _content_problems(self)
+        yield from content_problems(self)
 
 
 @dataclasses.dataclass(frozen=True)

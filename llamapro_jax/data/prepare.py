@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.data.documents import Content, Piece, input_files, pieces
+from llamapro_jax.data.chat import ChatTemplate
+from llamapro_jax.data.documents import Bad, Content, Piece, input_files, pieces
 from llamapro_jax.data.identity import Identity, check_states, differences, identify, states
+from llamapro_jax.data.places import with_lines
 from llamapro_jax.data.processes import available_cores, make_pieces
 from llamapro_jax.data.progress import Display
 from llamapro_jax.data.records import SPLIT, write_metadata
-from llamapro_jax.data.shards import BAD_RECORDS_KEPT, Counts, Recipe, Seen, Tokenizer
+from llamapro_jax.data.shards import Counts, Recipe, Seen, Tokenizer
 from llamapro_jax.data.work import Result, Work, working
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json, require_new_directory, write_json
 from llamapro_jax.hf.tokenizer import Tokenizer as ModelTokenizer
-from llamapro_jax.hf.tokenizer import write_tokenizer
+from llamapro_jax.hf.tokenizer import with_template, write_tokenizer
 
 __all__ = ["Preparation", "Tokenizer", "fingerprint", "prepare", "read_fingerprint"]
 
@@ -64,7 +66,7 @@ class Preparation:
         if (self.target is None) == (self.cache is None):
             raise ValueError("exactly one of target and cache is needed")
         if self.content.kind == "chat":
-            _ = self._template_fingerprint
+            _ = self._chat_template
         _ = self.pieces
 
     @cached_property
@@ -76,13 +78,18 @@ class Preparation:
         return pieces(self.content)
 
     @cached_property
+    def _states(self) -> list[tuple[int, int]]:
+        return states(self.files)
+
+    @cached_property
     def identity(self) -> Identity:
         """Reads all files of the source."""
+        _ = self._states  # as they are before they are read
         return identify(
             self.content,
             self.tokenizer.fingerprint,
             self.sequence_length,
-            self._template_fingerprint,
+            self._chat_template.fingerprint if self._chat_template else None,
             self.held_out,
             self.files,
             len(self.pieces),
@@ -99,12 +106,10 @@ class Preparation:
         return self.cache / f"{stem}-{self.identity.digest[:12]}"
 
     @cached_property
-    def _template_fingerprint(self) -> str | None:
+    def _chat_template(self) -> ChatTemplate | None:
         if self.content.kind != "chat":
             return None
-        from llamapro_jax.data.chat import ChatTemplate
-
-        return ChatTemplate.load(self.template, self.tokenizer).fingerprint
+        return ChatTemplate.load(self.template, self.tokenizer)
 
     def is_done(self) -> bool:
         """Whether the data set is there. Raises UserError when another is in its place."""
@@ -118,7 +123,8 @@ class Preparation:
                 f"{differences(record, self.identity)}. Remove it, or name another output."
             )
         if "bad" in record:
-            self._check_bad(record["bad"], record["records"], record)
+            first = [Bad(**bad) for bad in record["bad_records"][:1]]
+            self._check_bad(record["bad"], record["records"], first)
         return True
 
     def run(self) -> Path:
@@ -128,7 +134,6 @@ class Preparation:
         for bad records beyond `max_bad`, files that cannot be read or change meanwhile, a source
         without text, another data set in its place, and a second process that prepares it.
         """
-        before = states(self.files)
         if self.is_done():
             return self.directory
         with working(self.directory, self.identity.digest, self.cache is not None) as work:
@@ -136,7 +141,7 @@ class Preparation:
                 work.drop_if_empty()
                 return self.directory
             results = self._make(work)
-            check_states(self.files, before)
+            check_states(self.files, self._states)
             self._finish(work, results)
         return self.directory
 
@@ -162,7 +167,7 @@ class Preparation:
             results |= make_pieces(tasks, work, recipe, workers, report)
             ordered = [results[index] for index in range(count)]
             total = _total_seen(ordered)
-            self._check_bad(total.bad, total.records, _bad_record(total))
+            self._check_bad(total.bad, total.records, total.bad_records)
         return ordered
 
     def _check_seen(self, seen: Seen) -> None:
@@ -170,13 +175,13 @@ class Preparation:
         if self.max_bad == 0 or seen.records >= _RECORDS_TO_JUDGE:
             total_bytes = sum(piece.bytes for piece in self.pieces)
             expected = seen.records * max(1.0, total_bytes / max(1, seen.bytes))
-            self._check_bad(seen.bad, expected, _bad_record(seen))
+            self._check_bad(seen.bad, expected, seen.bad_records)
 
-    def _check_bad(self, bad: int, records: float, record: Mapping[str, Any]) -> None:
+    def _check_bad(self, bad: int, records: float, bad_records: Sequence[Bad]) -> None:
         if bad <= self.max_bad * records:
             return
-        first = record["bad_records"][0]
-        message = f"{first['where']}: {first['why']}"
+        (first,) = with_lines(bad_records[:1])
+        message = f"{first.where}: {first.why}"
         if self.max_bad > 0:
             raise UserError(
                 f"{self.content.path}: {bad:,} of its records are bad, of {records:,.0f}, which is "
@@ -194,10 +199,14 @@ class Preparation:
             splits[split] = _total([result.counts[split] for result in results])
             if found:
                 shards[split] = [(counts.rows, counts.stored_bytes) for _, counts in found]
-        self._check_not_empty(splits)
+        if SPLIT not in shards:
+            work.remove()
+            raise self._nothing_to_train_on(splits)
         write_metadata(work.data, self.sequence_length, shards)
         if isinstance(self.tokenizer, ModelTokenizer):
             write_tokenizer(self.tokenizer, work.data / TOKENIZER_DIRECTORY)
+            if self._chat_template is not None:
+                with_template(work.data / TOKENIZER_DIRECTORY, self._chat_template.text)
         record = {
             **self.identity.record(),
             **dataclasses.asdict(_total(list(splits.values()))),
@@ -207,18 +216,15 @@ class Preparation:
         write_json(work.data / FINGERPRINT_FILE, record)
         work.publish(self.directory)
 
-    def _check_not_empty(self, splits: Mapping[str, Counts]) -> None:
-        if not any(counts.rows for counts in splits.values()):
-            dropped = sum(counts.dropped for counts in splits.values())
-            why = f": {dropped:,} conversations are longer than a row" if dropped else ""
-            raise UserError(
-                f"{self.content.path}: holds no text{why}; name a source that is not empty."
+    def _nothing_to_train_on(self, splits: Mapping[str, Counts]) -> UserError:
+        where, total = self.content.path, _total(list(splits.values()))
+        if total.rows:
+            return UserError(
+                f"{where}: held_out is {self.held_out:g}, which leaves none of its "
+                f"{total.documents} documents to train on; lower it."
             )
-        if splits[SPLIT].rows == 0:
-            raise UserError(
-                f"{self.content.path}: held_out is {self.held_out:g}, which leaves no document of "
-                f"{splits[SPLIT].documents or 'these few'} to train on; lower it."
-            )
+        why = f": {total.dropped:,} conversations are longer than a row" if total.dropped else ""
+        return UserError(f"{where}: holds no text{why}; name a source that is not empty.")
 
 
 def prepare(
@@ -301,7 +307,7 @@ def _total_seen(results: list[Result]) -> Seen:
 
 
 def _bad_record(seen: Seen) -> dict[str, Any]:
-    kept = seen.bad_records[:BAD_RECORDS_KEPT]
+    kept = with_lines(seen.bad_records)
     return {
         "records": seen.records,
         "bad": seen.bad,

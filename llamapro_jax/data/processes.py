@@ -9,7 +9,6 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,7 +17,6 @@ from llamapro_jax.data.documents import Piece
 from llamapro_jax.data.shards import Recipe, Report, Seen
 from llamapro_jax.data.work import Result, Work
 from llamapro_jax.errors import UserError
-from llamapro_jax.hf.tokenizer import Tokenizer
 
 Task = tuple[int, Piece]
 
@@ -53,9 +51,7 @@ def _in_processes(
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_main, args=(theirs, work, _portable(recipe)), daemon=True
-            )
+            process = context.Process(target=_main, args=(theirs, work, recipe), daemon=True)
             process.start()
             theirs.close()
             running[ours] = process
@@ -99,13 +95,6 @@ def _receive(
             f"a process that prepares data was killed (status {process.exitcode}), most likely for "
             "want of memory; run the same command again to go on, with fewer workers."
         ) from None
-
-
-def _portable(recipe: Recipe) -> Recipe:
-    """With a tokenizer that has not been used: a used one loses settings when it is pickled."""
-    if isinstance(recipe.tokenizer, Tokenizer):
-        return replace(recipe, tokenizer=replace(recipe.tokenizer))
-    return recipe
 
 
 def _main(pipe: Connection, work: Work, recipe: Recipe) -> None:

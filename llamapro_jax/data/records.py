@@ -34,7 +34,9 @@ def write_shard(rows: Iterable[Row], file: Path, sequence_length: int) -> tuple[
     count = size = 0
     try:
         for row in rows:
-            record = serializer.serialize_example(features.encode_example(row))
+            example = serializer.get_tf_example(features.encode_example(row))
+            # Otherwise the features come in an order that differs from process to process.
+            record = example.SerializeToString(deterministic=True)
             writer.write(record)
             count += 1
             size += len(record)

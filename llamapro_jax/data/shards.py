@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llamapro_jax.data.chat import ChatTemplate, messages_of
 from llamapro_jax.data.documents import Bad, BadRecord, Piece, read
 from llamapro_jax.data.packing import pack, pack_whole
 from llamapro_jax.data.records import SPLIT, write_shard
@@ -20,6 +21,7 @@ HELD_OUT = "validation"
 BAD_RECORDS_KEPT = 100
 _CHARACTERS_AT_ONCE = 2**20
 _CONVERSATIONS_AT_ONCE = 256
+_BAD_AT_ONCE = 100
 
 Example = tuple[np.ndarray, np.ndarray]
 
@@ -165,7 +167,7 @@ class _Meter:
         self._since.bad += 1
         if self.total.bad + self._since.bad <= BAD_RECORDS_KEPT:
             self._since.bad_records.append(record)
-        if self.total.bad == 0:
+        if self.total.bad == 0 or self._since.bad >= _BAD_AT_ONCE:
             self.flush()  # It may be the end of all.
 
     def used(self, documents: int, tokens: int) -> None:
@@ -223,8 +225,6 @@ def _documents(
 def _conversations(
     piece: Piece, recipe: Recipe, split: str, counts: Counts, meter: _Meter
 ) -> Iterator[Example]:
-    from llamapro_jax.data.chat import ChatTemplate, messages_of
-
     template = ChatTemplate.load(recipe.template, recipe.tokenizer)
     for number, (where, value) in enumerate(_records(piece, meter), start=1):
         if number % _CONVERSATIONS_AT_ONCE == 0:

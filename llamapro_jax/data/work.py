@@ -111,15 +111,18 @@ class Work:
             target.rmdir()
         os.replace(self.data, target)
         _sync(target.parent)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.remove()
 
     def has_shards(self) -> bool:
         return self.data.is_dir() and any(self.data.iterdir())
 
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def drop_if_empty(self) -> None:
         """After a failure: what is worth nothing to a second try does not stay."""
         if not self.has_shards():
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self.remove()
 
 
 @contextmanager
@@ -205,7 +208,7 @@ def _see_to_others(target: Path, own: Path) -> None:
                     flush=True,
                 )
             else:
-                shutil.rmtree(entry, ignore_errors=True)
+                Work(entry).remove()
 
 
 def _sync(path: Path) -> None:

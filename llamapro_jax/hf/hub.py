@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llamapro_jax.errors import UserError
@@ -11,11 +12,13 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Not *.safetensors: Mistral's repositories hold the same weights again, consolidated.
 PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 BIN_PATTERNS = ["pytorch_model*.bin"]
+TOKENIZER_PATTERNS = ["*token*.json", "config.json", "tokenizer.model", "*.jinja"]
 
 
-def resolve(path: str, allow_bin: bool = False) -> Path:
+def resolve(path: str, allow_bin: bool = False, patterns: Sequence[str] = PATTERNS) -> Path:
     """A local directory for `path`: itself, or the snapshot of the hub id `org/name@revision`.
 
+    patterns: of the files that are wanted; `TOKENIZER_PATTERNS` leave out the weights.
     Raises UserError when neither exists, naming the login command for a gated repository.
     """
     local = Path(path).expanduser()
@@ -25,7 +28,7 @@ def resolve(path: str, allow_bin: bool = False) -> Path:
         raise UserError(f"{path}: is a file; name the directory of a model.")
     if path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
         raise UserError(f"{path}: no such directory (and no hub id like org/name@revision).")
-    return _download(path, PATTERNS + BIN_PATTERNS if allow_bin else PATTERNS)
+    return _download(path, [*patterns, *(BIN_PATTERNS if allow_bin else ())])
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:
