@@ -140,6 +140,13 @@ def test_an_evaluation_says_of_which_step_and_of_how_much(tmp_path):
         page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
         assert ["a", "b"] in page.cells
         assert said in page.text if said else "of the run" not in page.text
+    more = {"columns": ["task"], "rows": [["arc"]]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({**table, "more": [more]}))
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert ["a", "b"] in page.cells and ["arc"] in page.cells
+    (tmp_path / "evaluation.json").write_text(json.dumps({**table, "more": [{"columns": []}]}))
+    with pytest.raises(UserError, match="evaluation.json: must be"):
+        write_report(tmp_path)
 
 
 def test_summary_has_config_and_model_facts(tmp_path):
