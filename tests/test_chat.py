@@ -347,7 +347,8 @@ def test_a_template_sees_the_tokens_and_helpers_that_transformers_gives(
 ) -> None:
     text = (
         "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{% generation %}"
-        "{{ [m.content, 'é<'] | tojson }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+        "{% set within = 1 %}{{ [m.content, 'é<'] | tojson }}{{ eos_token }}{% endgeneration %}"
+        "{{ 'seen' if within is defined }}{% endfor %}"
         "{{ tools }}{{ strftime_now is defined }}{{ pad_token }}"
     )
     (tmp_path / "template.jinja").write_text(text)

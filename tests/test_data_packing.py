@@ -135,7 +135,7 @@ def test_an_example_goes_where_it_fits_best() -> None:
         return [[starts[segment[0]] for segment in segments([row])] for row in rows]
 
     # 3 goes to 6 (room 4) and not to 5 (room 5); 5 fills 5, which is given out at once.
-    assert firsts([6, 5, 3, 5], 4) == [[5, 5], [6, 3]]
+    assert firsts([5, 6, 3, 5], 4) == [[5, 5], [6, 3]]
     # Of rows with the same room the older one is taken.
     assert firsts([6, 6, 2, 1], 4) == [[6, 2, 1], [6]]
     # With two open rows the fuller one is given up for the third.

@@ -202,11 +202,7 @@ class Tokenizer:
         for index, token in sorted(self._plain.get_added_tokens_decoder().items()):
             if token.special:
                 token = tokenizers.AddedToken(
-                    self.marked(index),
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=False,
+                    self.marked(index), lstrip=token.lstrip, rstrip=token.rstrip, normalized=False
                 )
             engine.add_tokens([token])
             ids[engine.token_to_id(token.content)] = index
