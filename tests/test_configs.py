@@ -18,9 +18,12 @@ import yaml
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from llamapro_jax import config as config_module
+import llamapro_jax
+from llamapro_jax import config, config_data
 from llamapro_jax.architecture import of_run
 from llamapro_jax.config import RunConfig, load_config
+from llamapro_jax.data import prepare_config
+from llamapro_jax.data.prepare_config import PrepareConfig, load_prepare_config
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.flops import step_flops
 from llamapro_jax.machines import Machine, parse_machine
@@ -37,7 +40,12 @@ from llamapro_jax.training.step import build_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/*.yaml"))}
-RECIPES = {name: path for name, path in CONFIGS.items() if name != "quickstart"}
+# Those of other verbs than `train` begin with the verb.
+VERBS = ("prepare_", "evaluate_")
+RECIPES = {
+    name: path for name, path in CONFIGS.items() if not name.startswith(("quickstart", *VERBS))
+}
+PREPARATIONS = {name: path for name, path in CONFIGS.items() if name.startswith("prepare_")}
 # Of the published model with 8 new blocks, whose own number is the second.
 PARAMETERS = {
     "llama2_7b": (8_357_482_496, 1_619_066_880),
@@ -289,33 +297,66 @@ def unread(cls: type, sources: dict[str, str], own: str) -> set[str]:
     return {f"{owner}.{field}" for owner, field in options(cls) if field not in read}
 
 
-def package_sources() -> dict[str, str]:
-    own = Path(config_module.__file__)
-    files = [path for path in own.parent.rglob("*.py") if path != own]
-    return {str(path): path.read_text() for path in files}
+def own_and_others(*modules: Any) -> tuple[str, dict[str, str]]:
+    """The source of the modules that define a configuration, and those of the package's others."""
+    own = [Path(module.__file__) for module in modules]
+    files = [path for path in Path(llamapro_jax.__file__).parent.rglob("*.py") if path not in own]
+    text = "\n".join(path.read_text() for path in own)
+    return text, {str(path): path.read_text() for path in files}
 
 
-def test_every_setting_is_read_somewhere() -> None:
-    own = Path(config_module.__file__).read_text()
-    assert len(list(options(RunConfig))) > 50
-    assert unread(RunConfig, package_sources(), own) == set()
+@pytest.mark.parametrize(
+    ("cls", "modules", "at_least"),
+    [(RunConfig, (config, config_data), 50), (PrepareConfig, (prepare_config,), 12)],
+)
+def test_every_setting_is_read_somewhere(cls: type, modules: tuple, at_least: int) -> None:
+    own, others = own_and_others(*modules)
+    assert len(list(options(cls))) > at_least
+    assert unread(cls, others, own) == set()
 
 
 def test_a_setting_that_nothing_reads_is_found() -> None:
-    own = Path(config_module.__file__).read_text()
+    own, others = own_and_others(config, config_data)
 
     @dataclasses.dataclass(frozen=True)
     class Longer(RunConfig):
         frozen_parameters: str = "all"
 
-    assert unread(Longer, package_sources(), own) == {"Longer.frozen_parameters"}
+    assert unread(Longer, others, own) == {"Longer.frozen_parameters"}
     # What only a check reads is not read: without its one reader the rate of decay is idle.
     without = {
         name: text
-        for name, text in package_sources().items()
+        for name, text in others.items()
         if not {"decay_ratio", "decay"} & reads(ast.parse(text))
     }
     assert "OptimizerConfig.decay_ratio" in unread(RunConfig, without, own)
+
+
+# ------------------------------------------------------------------- the data sets
+
+
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_what_is_prepared_is_what_the_recipe_reads(name: str) -> None:
+    prepared = load_prepare_config(PREPARATIONS[name])
+    run = load_config(CONFIGS[name.replace("prepare_llama", "llama2_7b")])
+    splits = {
+        str(prepared.target(source)): ("train", "validation") if source.held_out else ("train",)
+        for source in prepared.sources
+    }
+    read = {entry.path: entry for entry in (*run.data.sources, *run.data.eval)}
+    for entry in (*run.data.sources, *run.data.eval):
+        # An Instruct run also reads what was prepared for the first training.
+        if entry.path in splits:
+            assert entry.split in splits[entry.path], entry
+        assert entry.path in splits or name.endswith("_instruct"), entry
+    unread_sets = {Path(path).name for path in splits} - {Path(path).name for path in read}
+    assert unread_sets <= {"replay"}
+    assert prepared.sequence_length == run.data.sequence_length
+    kinds = {source.kind for source in prepared.sources}
+    assert kinds == ({"chat"} if name.endswith("_instruct") else {"text"})
+    assert re.search(
+        rf"^#   llamapro prepare configs/{name}\.yaml$", PREPARATIONS[name].read_text(), re.M
+    )
 
 
 # ------------------------------------------------------------------- the table of them

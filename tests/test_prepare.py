@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llamapro_jax import cli
 from llamapro_jax.data import prepare as engine
-from llamapro_jax.data import shards
+from llamapro_jax.data import records, shards
 from llamapro_jax.data.chat import ChatTemplate, messages_of
 from llamapro_jax.data.dataset import Rows, open_rows
 from llamapro_jax.data.documents import Content, pieces
@@ -196,6 +196,20 @@ def test_all_held_out_is_an_error(tmp_path: Path) -> None:
     ):
         prepare(Content(str(file)), ByteTokenizer(), 16, target=tmp_path / "set", held_out=0.99)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_row_is_stored_as_tfds_stores_it() -> None:
+    row = next(pack([[5, 6, 7], [8, 9]], 4))
+    features = records._features(4)
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    example = serializer.get_tf_example(features.encode_example(row))
+    assert records._serialized(row) == example.SerializeToString(deterministic=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_the_systems_word() -> None:
+    with pytest.raises(OSError, match="/dev/full: cannot be written .*No space left on device"):
+        records.write_shard(pack([range(10000)], 16), Path("/dev/full"))
 
 
 # ------------------------------------------------------------------- processes and kills

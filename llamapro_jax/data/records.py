@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from llamapro_jax.data.rows import DTYPES, Row
 from llamapro_jax.errors import UserError, nearest
@@ -23,26 +26,45 @@ def shard_name(split: str, index: int) -> str:
     return f"{_NAME}-{split}.array_record-{index:05d}"
 
 
-def write_shard(rows: Iterable[Row], file: Path, sequence_length: int) -> tuple[int, int]:
+def write_shard(rows: Iterable[Row], file: Path) -> tuple[int, int]:
     """Writes rows in order as one ArrayRecord file; returns how many, and their bytes.
 
-    The same rows give the same bytes. `group_size:1` is what random access wants.
+    The same rows give the same bytes. `group_size:1` is what random access wants. Raises OSError
+    when the file cannot be written, as on a full disk.
     """
-    features = _features(sequence_length)
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    writer = ArrayRecordWriter(str(file), "group_size:1")
     count = size = 0
+    with _refusals(file):
+        writer = ArrayRecordWriter(str(file), "group_size:1")
     try:
         for row in rows:
-            example = serializer.get_tf_example(features.encode_example(row))
-            # Otherwise the features come in an order that differs from process to process.
-            record = example.SerializeToString(deterministic=True)
-            writer.write(record)
+            record = _serialized(row)
+            with _refusals(file):
+                writer.write(record)
             count += 1
             size += len(record)
     finally:
-        writer.close()
+        with _refusals(file):
+            writer.close()
     return count, size
+
+
+@contextmanager
+def _refusals(file: Path) -> Iterator[None]:
+    """ArrayRecord makes a RuntimeError of whatever the system refuses."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from None
+
+
+def _serialized(row: Row) -> bytes:
+    """A row as TFDS's own encoder stores it by `_features`, in a third of its time."""
+    example = tf_example_pb2.Example()
+    for name, dtype in DTYPES.items():
+        data = np.ascontiguousarray(row[name], dtype).tobytes()
+        example.features.feature[name].bytes_list.value.append(data)
+    # Otherwise the features come in an order that differs from process to process.
+    return example.SerializeToString(deterministic=True)
 
 
 def write_metadata(

@@ -135,9 +135,7 @@ def make_shards(
         else:
             rows = pack(_documents(piece, recipe, split, counts, meter), recipe.sequence_length)
         file = file_of(split)
-        counts.rows, counts.stored_bytes = write_shard(
-            _count_targets(rows, counts), file, recipe.sequence_length
-        )
+        counts.rows, counts.stored_bytes = write_shard(_count_targets(rows, counts), file)
         if counts.rows == 0:
             file.unlink()
         found[split] = counts
