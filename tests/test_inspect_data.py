@@ -52,7 +52,7 @@ def write_set(
     directory.mkdir(parents=True)
     splits = {"train": rows, "validation": rows[:1]}
     shards = {
-        split: [write_shard(iter(its), directory / shard_name(split, 0), LENGTH)]
+        split: [write_shard(iter(its), directory / shard_name(split, 0))]
         for split, its in splits.items()
     }
     write_metadata(directory, LENGTH, shards)
