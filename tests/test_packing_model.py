@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from steps import PLANS, V, model_config, random_params
+from test_attention import KERNELS
 
-from llamapro_jax.expansion import ExpansionPlan
+from llamapro_jax.data.packing import pack, pack_whole
+from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
+from llamapro_jax.expansion import ExpansionPlan, after
 from llamapro_jax.loss import summed_cross_entropy
+from llamapro_jax.model import attention as attention_module
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states, logits
 
@@ -87,3 +91,64 @@ def test_the_loss_of_a_document_has_no_gradient_in_another(
         grad_VD = jax.grad(loss)(model[2]["embed"], own.astype(np.float32))
         reached = np.asarray((grad_VD != 0).any(axis=1))[ROW[0]]
         np.testing.assert_array_equal(reached, own)
+
+
+# ------------------------------------------------------------------- every kernel, rows as read
+
+
+def packed_rows() -> dict[str, Row]:
+    """Two rows of 40 tokens, of text that is cut where a row ends, and of whole conversations."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, V, length).astype(np.int32) for length in (11, 19, 27, 13)]
+    examples = [(d, (np.arange(len(d)) % 7 > 2) & (np.arange(len(d)) > 3)) for d in documents]
+    text, chat = list(pack(documents, 40)), list(pack_whole(examples, 40))
+    assert all(row["segment_ids"].max() > 1 for row in (*text, *chat))
+    return {"text": stack_rows(text, 2), "chat": stack_rows(chat, 2)}
+
+
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_no_kernel_lets_a_gradient_into_another_segment(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """d loss(a segment) / d the embedding of a place is exactly 0 outside of the segment, and in it
+    where nothing that counts follows. (cuDNN refuses packed rows: it takes no segment ids.)"""
+    if kernel != "reference":
+        monkeypatch.setattr(attention_module, "_kernel", KERNELS.__getitem__)
+        monkeypatch.setattr(attention_module, "obstacle", lambda name, problem: None)
+    plan = ExpansionPlan(1).expand(after(1, (0,)))
+    config = model_config(plan)
+    params = random_params(config, plan)
+
+    @jax.jit
+    def gradient(x_BTD: jax.Array, batch: Row, counts_BT: jax.Array) -> jax.Array:
+        def loss(x_BTD: jax.Array) -> jax.Array:
+            # Each place has a row of the embedding for itself.
+            places_BT = jnp.arange(counts_BT.size).reshape(counts_BT.shape)
+            states_ND = hidden_states(
+                {**params, "embed": x_BTD.reshape(-1, x_BTD.shape[-1])},
+                places_BT,
+                batch["positions"],
+                batch["segment_ids"],
+                config=config,
+                segments=plan.segments,
+                dtype=jnp.float32,
+                attention=kernel,  # type: ignore[arg-type]
+            ).reshape(counts_BT.size, -1)
+            targets, weights = (x.reshape(-1) for x in targets_and_weights(batch))
+            weights = weights * counts_BT.reshape(-1)
+            return summed_cross_entropy(states_ND, head_weight(params), targets, weights, 16)
+
+        return jax.grad(loss)(x_BTD)
+
+    for batch in packed_rows().values():
+        batch = {name: jnp.asarray(array) for name, array in batch.items()}
+        counted_BT = np.asarray(targets_and_weights(batch)[1]) > 0
+        segments_BT = np.asarray(batch["segment_ids"])
+        for row, segment in {(b, s) for (b, _), s in np.ndenumerate(segments_BT) if s}:
+            own_BT = (segments_BT == segment) & (np.arange(2) == row)[:, None]
+            found_BTD = gradient(params["embed"][batch["tokens"]], batch, jnp.asarray(own_BT))
+            follows_BT = np.cumsum((own_BT & counted_BT)[:, ::-1], axis=1)[:, ::-1] > 0
+            assert follows_BT.any()
+            np.testing.assert_array_equal(
+                np.asarray((found_BTD != 0).any(axis=-1)), own_BT & follows_BT
+            )
