@@ -185,6 +185,8 @@ def _load_error(task: str, error: Exception) -> UserError:
             "fetch it once where there is one and copy HF_HOME. A task of your own names files in "
             "dataset_kwargs.data_files, from the working directory."
         )
+    if isinstance(error, ImportError):
+        return UserError(f"{task}: needs a package that is not here ({_first_line(error)}).")
     return UserError(f"{task}: cannot be made ({_first_line(error)}); mend the task's YAML.")
 
 

@@ -444,7 +444,8 @@ COMMAND = """
 from lm_eval.tasks._index import TaskIndex
 from llamapro_jax import harness
 build = TaskIndex.build
-TaskIndex.build = staticmethod(lambda paths: build([p for p in paths if p.parent.name != "lm_eval"]))
+own = lambda paths: [path for path in paths if path.parent.name != "lm_eval"]
+TaskIndex.build = staticmethod(lambda paths: build(own(paths)))
 harness.main()
 """
 
@@ -495,11 +496,13 @@ def on_the_hub(tasks: Path) -> None:
     (tasks / "gone.yaml").write_text(f"task: gone\ndataset_path: no/such\n{CHOICE}")
 
 
-def bad_field(tasks: Path) -> None:
-    (tasks / "gone.yaml").write_text((tasks / "gone.yaml").read_text().replace("question", "quest"))
+def no_package(tasks: Path) -> None:
+    (tasks / "needs.py").write_text("import not_installed\n")
+    text = (tasks / "gone.yaml").read_text()
+    (tasks / "gone.yaml").write_text(text + "process_results: !function needs.anything\n")
 
 
-def bad_metric(tasks: Path) -> None:
+def bad_filter(tasks: Path) -> None:
     (tasks / "gone.yaml").write_text((tasks / "gone.yaml").read_text() + "filter_list: [{name: a}]")
 
 
@@ -511,7 +514,8 @@ def bad_metric(tasks: Path) -> None:
         (broken_yaml, ["broken"], r"broken.yaml: cannot be read \(ParserError"),
         (no_data, ["gone"], "gone: its data cannot be read.*dataset_kwargs.data_files"),
         (on_the_hub, ["gone"], "gone: its data cannot be read.*no/such.*allow the network"),
-        (bad_metric, ["gone"], r"gone: cannot be made \(KeyError: 'filter'"),
+        (no_package, ["gone"], "gone: needs a package that is not here.*'not_installed'"),
+        (bad_filter, ["gone"], r"gone: cannot be made \(KeyError: 'filter'"),
     ],
 )
 def test_tasks_that_cannot_be_run(
