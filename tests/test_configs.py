@@ -42,8 +42,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/*.yaml"))}
 # Those of other verbs than `train` begin with the verb.
 VERBS = ("prepare_", "evaluate_")
+ONE_GPU = "llama2_7b_pro_one_gpu"
 RECIPES = {
-    name: path for name, path in CONFIGS.items() if not name.startswith(("quickstart", *VERBS))
+    name: path
+    for name, path in CONFIGS.items()
+    if not name.startswith(("quickstart", *VERBS)) and name != ONE_GPU
 }
 PREPARATIONS = {name: path for name, path in CONFIGS.items() if name.startswith("prepare_")}
 # Of the published model with 8 new blocks, whose own number is the second.
@@ -62,7 +65,7 @@ each_recipe = pytest.mark.parametrize("name", RECIPES)
 def machine_of(name: str) -> Machine:
     """For which the comment at the top of a configuration plans."""
     plan = rf"^#   llamapro plan configs/{name}\.yaml topology=(\S+)$"
-    named = re.search(plan, RECIPES[name].read_text(), re.MULTILINE)
+    named = re.search(plan, CONFIGS[name].read_text(), re.MULTILINE)
     assert named is not None, f"{name} names no machine"
     return parse_machine(named[1])
 
@@ -139,6 +142,25 @@ def test_both_trainings_of_a_model_read_the_rows_of_its_tokenizer(name: str) -> 
         assert str(Path(entry.path).parent) == folder
 
 
+def test_the_recipe_for_one_gpu_takes_a_text_of_your_own() -> None:
+    run, machine = load_config(CONFIGS[ONE_GPU]), machine_of(ONE_GPU)
+    assert (machine.devices, machine.chip.platform) == (1, "gpu")
+    assert run.output == f"runs/{ONE_GPU}" and run.trainable == ("new",)
+    assert run.model == load_config(CONFIGS["llama2_7b_pro"]).model
+    entries = (*run.data.sources, *run.data.replayed, *run.data.eval)
+    assert {entry.kind for entry in entries} == {"text"} and len(entries) == 4
+    assert run.data.replay is not None and run.data.replay.share == 0.1
+
+
+def test_the_replay_in_a_comment_is_one_that_loads() -> None:
+    """As written there, for who takes the comment signs away."""
+    text = CONFIGS["llama2_7b_pro"].read_text()
+    lines = re.findall(r"^  # (( *\w+:| +- ).*)$", text, re.MULTILINE)
+    replay = yaml.safe_load("\n".join(line for line, _ in lines))["replay"]
+    run = load_config(CONFIGS["llama2_7b_pro"], [f"data.replay={replay}"])
+    assert [source.path for source in run.data.replayed] == ["data/replay"]
+
+
 SOURCED = ("optimizer", "steps", "sequence_length", "batch_size", "weight", "trainable")
 
 
@@ -154,9 +176,9 @@ def settings(node: yaml.Node, key: str = "") -> Iterator[tuple[str, int]]:
         yield key, node.start_mark.line
 
 
-@each_recipe
+@pytest.mark.parametrize("name", [*RECIPES, ONE_GPU])
 def test_each_number_says_where_it_is_from(name: str) -> None:
-    text = RECIPES[name].read_text()
+    text = CONFIGS[name].read_text()
     lines = text.splitlines()
     count = 0
     for path, line in settings(yaml.compose(text)):
