@@ -325,6 +325,9 @@ def test_templates_that_cannot_be_used_say_why(byte_level: Tokenizer, tmp_path: 
             load(text)
     with pytest.raises(UserError, match="template is 'chatml', which is no file; .*llama_pro"):
         ChatTemplate.load("chatml", byte_level)
+    path.write_bytes(b"{{ messages }} \xff")
+    with pytest.raises(UserError, match="template.jinja: is not UTF-8.*at byte 15"):
+        ChatTemplate.load(str(path), byte_level)
     with pytest.raises(UserError, match="has no chat template.*llama_pro"):
         ChatTemplate.load("tokenizer", byte_level)
     write_json(tmp_path / "tokenizer_config.json", {})
@@ -468,7 +471,8 @@ def test_an_empty_system_turn_is_left_out() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "holds no conversation.*nothing"),
-    ({"text": "x"}, "holds no conversation: neither messages.*but text"),
+    ({"text": "x"}, "holds no conversation: neither messages.*but 'text'"),
+    ({"\x1b[2J": "x"}, r"but '\\x1b\[2J'"),
     ({"messages": "hello"}, "messages is of type str, not a list"),
     ({"messages": ["hello"]}, "turn 1 is of type str, not an object"),
     ({"messages": []}, "no user turn with an assistant turn after it"),

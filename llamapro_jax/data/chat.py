@@ -17,6 +17,7 @@ from llamapro_jax.data.documents import BadRecord
 from llamapro_jax.data.templates import CLOSE, LLAMA_PRO, OPEN, TemplateError, render
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import TOKEN_MARK, Tokenizer
+from llamapro_jax.hf.tokenizer_config import read_template
 
 __all__ = ["LLAMA_PRO", "BadRecord", "ChatTemplate", "Message", "messages_of"]
 
@@ -63,7 +64,7 @@ class ChatTemplate:
         elif name == "tokenizer":
             template = cls.of_tokenizer(tokenizer)
         elif Path(name).is_file():
-            template = cls(name, Path(name).read_text(encoding="utf-8"), tokenizer)._checked()
+            template = cls(name, read_template(Path(name)), tokenizer)._checked()
         else:
             raise UserError(
                 f"template is {name!r}, which is no file; it must be {', '.join(TEMPLATES)}, "
@@ -158,7 +159,7 @@ class ChatTemplate:
         try:
             return render(self.text, broken, self.tokenizer.named_tokens, add_generation_prompt)
         except TemplateError as error:
-            raise BadRecord(f"the chat template fails: {error}") from error
+            raise BadRecord(f"the chat template fails: {str(error)!r}") from error
 
     @cached_property
     def _special(self) -> str:

@@ -82,7 +82,7 @@ def _pair(record: Mapping[str, Any]) -> list[Message]:
         pairs = ", ".join(f"{asked} and {answered}" for asked, answered in PAIRS)
         raise BadRecord(
             f"holds no conversation: neither messages, nor conversations, nor {pairs}, but "
-            f"{', '.join(map(str, record)) or 'nothing'}"
+            f"{', '.join(map(repr, record)) or 'nothing'}"
         )
     more = record.get("input") if asked == "instruction" else None
     for field, value in ((asked, record[asked]), (answered, record[answered]), ("input", more)):

@@ -106,11 +106,19 @@ def added_tokens(directory: Path, model: SentencePieceModel) -> list[dict[str, A
     ]
 
 
+def read_template(path: Path) -> str:
+    """The chat template in a file. Raises UserError when it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}).") from None
+
+
 def chat_template(directory: Path) -> str | None:
     """chat_template.jinja, else the one in tokenizer_config.json (of several, the default)."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_bytes().decode("utf-8")
+        return read_template(path)
     template = optional_json(directory / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
