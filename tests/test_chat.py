@@ -249,7 +249,6 @@ def test_special_tokens_of_every_kind_are_the_template_s_alone(
 
 
 def test_no_merge_builds_a_special_token(tmp_path: Path) -> None:
-    # The tokenizer.json of some LLaMA 2 has such merges.
     vocabulary = {
         token: index for index, token in enumerate(["</s>", "<", "/", "s", ">", "</", "s>"])
     }
@@ -264,6 +263,8 @@ def test_no_merge_builds_a_special_token(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(tmp_path)
         ids, offsets = tokenizer.encode_with_offsets(tokenizer.marked(0) + "</s>")
         assert ids == [0, 5, 6] and offsets[1:] == [(3, 5), (5, 7)]
+        assert tokenizer.encode("</s>") == [5, 6]
+        assert tokenizer.encode("</s>", allow_special=True) == [0]
 
 
 def test_added_tokens_that_are_not_special_stay_tokens(byte_level: Tokenizer) -> None:

@@ -174,8 +174,25 @@ class Tokenizer:
         return None if token_id is None else self._plain.id_to_token(token_id)
 
     @cached_property
+    def _plain_json(self) -> str:
+        """`json_text` without merges that build a special token from its characters.
+
+        SentencePiece builds none, but a file that others converted may.
+        """
+        content = json.loads(self.json_text)
+        added = content.get("added_tokens") or []
+        special = {token["content"] for token in added if token.get("special")}
+        merges = content["model"].get("merges") or []
+        joined = (m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in merges)
+        kept = [merge for merge, token in zip(merges, joined, strict=True) if token not in special]
+        if len(kept) == len(merges):
+            return self.json_text
+        content["model"]["merges"] = kept
+        return json.dumps(content)
+
+    @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        engine = _engine(self.json_text, self.source / "tokenizer.json")
+        engine = _engine(self._plain_json, self.source / "tokenizer.json")
         engine.encode_special_tokens = True  # encode them like any other characters
         return engine
 
@@ -186,16 +203,7 @@ class Tokenizer:
     @cached_property
     def _with_marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
         """An engine that knows special tokens by their marks alone, and its ids that differ."""
-        content = json.loads(self.json_text)
-        special = set(self.special_tokens)
-        merges = content["model"].get("merges")
-        if merges:  # none may build a special token from its characters
-            content["model"]["merges"] = [
-                merge
-                for merge in merges
-                if (merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge))
-                not in special
-            ]
+        content = json.loads(self._plain_json)
         content |= {"added_tokens": [], "post_processor": None}
         engine = _engine(json.dumps(content), self.source / "tokenizer.json")
         ids = {}
