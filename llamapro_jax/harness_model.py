@@ -201,12 +201,13 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text after each prompt. Sampling differs with the place in `requests`."""
         texts = [""] * len(requests)
-        groups: dict[Generation, list[int]] = {}
+        alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(Generation.of(request.args[1]), []).append(number)
-        for how in groups:
+            alike.setdefault(repr(request.args[1]), []).append(number)
+        groups = [(Generation.of(requests[n[0]].args[1]), n) for n in alike.values()]
+        for how, _ in groups:
             self.check_generation(how)
-        for how, numbers in groups.items():
+        for how, numbers in groups:
             prompts = [self.tok_encode(requests[i].args[0]) for i in numbers]
             for i, text in zip(numbers, self._generated(how, numbers, prompts), strict=True):
                 texts[i] = text
