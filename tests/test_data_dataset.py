@@ -217,6 +217,13 @@ def test_the_tokenizer_and_vocabulary_of_a_prepared_set_are_checked(
         opened(prepared, "tfds", tmp_path, tokenizer)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"tokenizer": "x", "bytes": 1}'])
+def test_a_file_of_the_same_name_is_no_fingerprint(foreign: Path, content: str) -> None:
+    (foreign / "fingerprint.json").write_text(content)
+    rows = open_rows(foreign, sequence_length=6, vocab_size=100, tokenizer_fingerprint="y")
+    assert rows.fingerprint is None
+
+
 def test_many_rows_are_those_read_singly(prepared: Path, foreign: Path) -> None:
     for rows in (
         open_rows(prepared, sequence_length=16, vocab_size=258),
