@@ -7,14 +7,16 @@ import typing
 from pathlib import Path
 
 from llamapro_jax.config import MAY_CHANGE_ON_RESUME, RunConfig
-from llamapro_jax.typed_yaml import option_rows
+from llamapro_jax.data.prepare_config import PrepareConfig
+from llamapro_jax.typed_yaml import OptionRow, option_rows
 
 TARGET = Path(__file__).with_name("configuration.md")
 
 HEAD = """\
-# Configuration of a training run
+# Configuration of a training run, and of prepared data
 
-Generated from `llamapro_jax/config.py` by `python docs/generate_configuration.py`.
+Generated from the dataclasses of `llamapro_jax/config.py` and `llamapro_jax/data/prepare_config.py`
+by `python docs/generate_configuration.py`. The last section is that of `llamapro prepare`.
 
 A run is described by a YAML file, and each setting can be changed on the command line:
 
@@ -36,6 +38,15 @@ RESUME = """
 A resumed run must have the settings it began with, except for these, which change no weight:
 """
 
+PREPARE = """
+## `llamapro prepare`
+
+A YAML file of its own, with the same rules for overrides, paths and unknown keys. Each source
+becomes the data set `output/NAME`; see [data.md](data.md#preparing-a-data-set).
+"""
+
+TABLE_HEAD = "\n| key | value | default | meaning |\n|---|---|---|---|\n"
+
 
 def cell(text: str) -> str:
     return text.replace("|", "\\|")
@@ -52,15 +63,20 @@ def configuration_markdown() -> str:
             parts.append(f"\n## `{section}`\n\n{hints[section].__doc__}\n")
         else:
             parts.append("\n## Top level\n")
-        parts.append("\n| key | value | default | meaning |\n|---|---|---|---|\n")
+        parts.append(TABLE_HEAD)
         for row in rows:
             top = row.path.partition(".")[0]
             if (top if top in sections else "") == section:
-                cells = (f"`{row.path}`", cell(row.kind), f"`{row.default}`", cell(row.doc))
-                parts.append(f"| {' | '.join(cells)} |\n".replace("`required`", "required"))
+                parts.append(table_row(row))
     parts.append("\n## What may change on resume\n" + RESUME)
     parts.append(", ".join(f"`{name}`" for name in MAY_CHANGE_ON_RESUME) + ".\n")
+    parts += [PREPARE, TABLE_HEAD, *map(table_row, option_rows(PrepareConfig))]
     return "".join(parts)
+
+
+def table_row(row: OptionRow) -> str:
+    cells = (f"`{row.path}`", cell(row.kind), f"`{row.default}`", cell(row.doc))
+    return f"| {' | '.join(cells)} |\n".replace("`required`", "required")
 
 
 def is_section(kind: object) -> bool:
