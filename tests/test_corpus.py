@@ -14,10 +14,19 @@ from llamapro_jax.quickstart.corpus import Document, split, strip_code
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     paths = corpus.write_corpus(tmp_path_factory.mktemp("corpus"))
-    return {
-        name: [Document(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
-        for name, path in paths.items()
-    }
+    return {name: _documents(path) for name, path in paths.items()}
+
+
+def _documents(path):
+    documents = []
+    for line in path.read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if "messages" in record:
+            question, answer = record["messages"]
+            assert (question["role"], answer["role"]) == ("user", "assistant")
+            record = {"name": question["content"], "text": answer["content"]}
+        documents.append(Document(**record))
+    return documents
 
 
 def _bytes(documents):
@@ -34,6 +43,20 @@ def test_the_five_texts_have_the_sizes_a_small_model_needs(written):
     assert _bytes(written["code_train"]) > 2_500_000
     assert _bytes(written["prose_heldout"]) > 50_000
     assert _bytes(written["code_heldout"]) > 150_000
+
+
+def test_conversations_ask_what_a_part_of_the_library_does(written):
+    train, held_out = (
+        {d.name: d.text for d in written[f"chat_{s}"]} for s in ("train", "heldout")
+    )
+    assert len(train) > 1000 and len(held_out) > 20 and not train.keys() & held_out.keys()
+    both = {**train, **held_out}
+    assert both["What does textwrap.dedent do?"].startswith("Remove any common leading whitespace")
+    assert all(
+        question.startswith("What does ") and answer.endswith(".")
+        for question, answer in both.items()
+    )
+    assert not [question for question in both if "._" in question or "__" in question]
 
 
 def test_no_held_out_document_or_paragraph_is_in_training(written):

@@ -21,9 +21,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_write
+from llamapro_jax.quickstart.questions import questions
 
 # Not the library's prose or code: tests, generated tables, bundled and installed packages, and
 # what only some Python versions have in bulk.
@@ -49,12 +51,17 @@ _SKIPPED_FILES = re.compile(
 _SHORTEST_DOCSTRING = 40  # characters; "Return the size." teaches nothing about prose
 _SHORTEST_DOCUMENT = 200
 
-FILES = ("prose_train", "prose_heldout", "code_train", "code_heldout", "base_train")
+TEXTS = ("prose_train", "prose_heldout", "code_train", "code_heldout", "base_train")
+CONVERSATIONS = ("chat_train", "chat_heldout")
+FILES = (*TEXTS, *CONVERSATIONS)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: `name` is its path within the library, the same on every machine."""
+    """One text: `name` is its path within the library, the same on every machine.
+
+    Of an answer the name is the question.
+    """
 
     name: str
     text: str
@@ -94,16 +101,24 @@ def write_corpus(
     base_code_share: float = 0.1,
     seed: int = 0,
 ) -> dict[str, Path]:
-    """Writes the five texts as JSON lines with `name` and `text`; returns name -> path.
+    """Writes five texts and two sets of conversations as JSON lines; returns name -> path.
+
+    The texts have `name` and `text`, the conversations `messages`: a question and its answer.
 
     `prose_train`, `prose_heldout`, `code_train`, `code_heldout`, and `base_train`: all of
     `prose_train` with as much code mixed in as makes `base_code_share` of its bytes. The files of
     that code are taken out of `code_train`: what the new blocks learn, the base has not seen.
     """
-    pairs = [(_docstring_document(source), _code_document(source)) for source in _library()]
-    prose = _finish_prose(docstrings for docstrings, _ in pairs)
-    prose_train, prose_heldout = split(prose, held_out_share, seed)
-    code_train, code_heldout = split(_finish(code for _, code in pairs), held_out_share, seed)
+    docstrings: list[Document] = []
+    code: list[Document] = []
+    pairs: list[Document] = []
+    for source in _library():
+        docstrings.append(_docstring_document(source))
+        code.append(_code_document(source))
+        pairs += (Document(*pair) for pair in questions(source.name, source.tree))
+    prose_train, prose_heldout = split(_finish_prose(docstrings), held_out_share, seed)
+    code_train, code_heldout = split(_finish(code), held_out_share, seed)
+    chat_train, chat_heldout = split(pairs, held_out_share, seed)
     wanted = _size(prose_train) * base_code_share / (1 - base_code_share)
     base_code: list[Document] = []
     for document in sorted(code_train, key=lambda d: _draw(d.name, f"base {seed}")):
@@ -118,13 +133,22 @@ def write_corpus(
         "code_heldout": code_heldout,
         "base_train": sorted(prose_train + base_code, key=lambda d: _draw(d.name, f"order {seed}")),
     }
+    records: dict[str, list[dict[str, Any]]] = {
+        name: [{"name": d.name, "text": d.text} for d in documents]
+        for name, documents in parts.items()
+    }
+    records["chat_train"] = [_conversation(pair) for pair in chat_train]
+    records["chat_heldout"] = [_conversation(pair) for pair in chat_heldout]
     paths = {name: Path(directory) / f"{name}.jsonl" for name in FILES}
     for name, path in paths.items():
-        lines = [
-            json.dumps({"name": d.name, "text": d.text}, ensure_ascii=False) for d in parts[name]
-        ]
+        lines = [json.dumps(record, ensure_ascii=False) for record in records[name]]
         atomic_write(path, "".join(line + "\n" for line in lines))
     return paths
+
+
+def _conversation(pair: Document) -> dict[str, Any]:
+    turns = (("user", pair.name), ("assistant", pair.text))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def _docstring_document(source: Source) -> Document:

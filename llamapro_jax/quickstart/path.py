@@ -22,8 +22,9 @@ from llamapro_jax.quickstart.settings import DOMAINS, RUNS, Places, Settings, ru
 from llamapro_jax.quickstart.walk import Walk
 from llamapro_jax.training.run_directory import SUMMARY_FILE
 
-STEPS = 15
+STEPS = 18
 PROMPT = "def "
+QUESTION = "What does json.loads do?"
 GENERATED = 48
 SAMPLING = ("--temperature", "0.7", "--top-k", "20")
 EVALUATED = "All models of the quickstart, on held-out text"
@@ -52,6 +53,7 @@ def quickstart(out: Path, settings: Settings) -> bool:
             train(walk, places, settings, name, title)
             evaluate(walk, places, settings, name)
         hand_back(walk, places)
+        instruct(walk, places, settings)
         passed = conclude(walk, places, settings)
     kept = f", {walk.kept} of {STEPS} steps kept from before" if walk.kept else ""
     print(f"\n{duration(time.monotonic() - began)} in all{kept}. Everything is in {out}.")
@@ -196,6 +198,27 @@ def hand_back(walk: Walk, places: Places) -> None:
         ["generate", str(exported), PROMPT, "--max-tokens", str(GENERATED), *SAMPLING],
         [],
         lambda: walk.last_lines[:6],
+    )
+
+
+def instruct(walk: Walk, places: Places, settings: Settings) -> None:
+    """Instruction tuning of all that the new blocks' run gave, and a question."""
+    title = "Instruction-tune all of it on questions and answers, the loss on the answers alone"
+    train(walk, places, settings, "instruct", title)
+    tuned = places.model("instruct")
+    walk.verb(
+        "export-instruct",
+        "Write it as a Hugging Face checkpoint, with its chat template",
+        ["export", str(places.run("instruct")), str(tuned)],
+        [tuned],
+        walk.last_line,
+    )
+    walk.verb(
+        "ask",
+        "Ask it (a toy: it has the form of an answer, not the knowledge)",
+        ["generate", str(tuned), QUESTION, "--chat", "--max-tokens", str(GENERATED)],
+        [],
+        lambda: walk.last_lines[:2],
     )
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamapro_jax.data.chat import ChatTemplate
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json
+from llamapro_jax.generate import stream_tokens
 from llamapro_jax.metrics import read_metrics
+from llamapro_jax.model.api import load
 from llamapro_jax.model.weights import Tensor, tensors
 from llamapro_jax.proof import compare_logits
 from llamapro_jax.quickstart.settings import DOMAINS, Places
@@ -21,6 +26,8 @@ from llamapro_jax.views import Until
 
 COLUMNS = ("model", "prose perplexity", "code perplexity", "trainable parameters", "seconds")
 LEAST_FALL = 0.15
+ASKED = 20
+LONGEST_ANSWER = 48
 MOST_RISE_WITH_REPLAY = 0.5
 
 BASE, FULL, PRO, REPLAY = "base", "full fine-tuning", "LLaMA Pro", "LLaMA Pro with replay"
@@ -175,6 +182,7 @@ def checks(rows: Sequence[Row], places: Places, tokens_BT: np.ndarray) -> list[C
         off_measures_as_base(rows),
         frozen_bits(places),
         reloaded(places, tokens_BT),
+        answers(places),
     ]
 
 
@@ -238,6 +246,25 @@ def reloaded(places: Places, tokens_BT: np.ndarray) -> Check:
         "the export, loaded again, computes what the run computes",
         f"{different:,} of {count:,} logits differ",
         different == 0,
+    )
+
+
+def answers(places: Places) -> Check:
+    """Questions that it was not trained on, to the tuned model as it was exported."""
+    model = load(places.model("instruct"))
+    template = ChatTemplate.of_tokenizer(model.require_tokenizer())
+    with places.text("chat_heldout").open(encoding="utf-8") as lines:
+        questions = [json.loads(line)["messages"][0] for line in islice(lines, ASKED)]
+    ended = 0
+    for question in questions:
+        prompt = template.prompt([question])
+        ids = list(stream_tokens(model, prompt, max_tokens=LONGEST_ANSWER))
+        answer = model.require_tokenizer().decode(ids)
+        ended += len(ids) < LONGEST_ANSWER and answer.strip() != "" and "<|" not in answer
+    return Check(
+        "instruction-tuned, it answers questions and stops at the end token",
+        f"{ended} of {len(questions)}",
+        ended == len(questions),
     )
 
 

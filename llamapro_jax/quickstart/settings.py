@@ -1,4 +1,4 @@
-"""Sizes, steps and learning rates of the quickstart, and the configurations of its four runs.
+"""Sizes, steps and learning rates of the quickstart, and the configurations of its five runs.
 
 Chosen by the sweep in docs/quickstart.md so that the whole takes minutes on two CPU cores.
 """
@@ -29,7 +29,7 @@ REPLAYED = 0.1
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the numbers. learning_rates: of the runs base, pro, replay and full.
+    """What decides the numbers. learning_rates: of the runs base, pro, replay, full and instruct.
 
     held_out: share of the documents that is held out. evaluated: most rows of each held-out text
     that are measured at the end. new: blocks inserted into the `blocks` of the base.
@@ -45,7 +45,7 @@ class Settings:
     batch: int
     base_steps: int
     steps: int
-    learning_rates: tuple[float, float, float, float]
+    learning_rates: tuple[float, float, float, float, float]
     held_out: float
     evaluated: int
     seed: int = 0
@@ -90,7 +90,7 @@ FULL = Settings(
     batch=8,
     base_steps=400,
     steps=150,
-    learning_rates=(3e-3, 5e-3, 5e-3, 3e-4),
+    learning_rates=(3e-3, 5e-3, 5e-3, 3e-4, 1e-3),
     held_out=0.04,
     evaluated=160,
 )
@@ -103,16 +103,16 @@ TINY = Settings(
     blocks=2,
     heads=2,
     new=1,
-    length=32,
+    length=128,  # the shortest that most conversations fit into
     batch=8,
     base_steps=12,
     steps=6,
-    learning_rates=(1e-2, 5e-3, 5e-3, 2e-3),
+    learning_rates=(1e-2, 5e-3, 5e-3, 2e-3, 1e-2),
     held_out=0.04,
     evaluated=16,
 )
 
-RUNS = ("base", "pro", "replay", "full")
+RUNS = ("base", "pro", "replay", "full", "instruct")
 
 
 @dataclass(frozen=True)
@@ -141,23 +141,28 @@ def run_config(name: str, settings: Settings, places: Places) -> RunConfig:
     """The configuration of one of RUNS."""
     base = name == "base"
     model = {"base": "random", "full": "base"}.get(name, "expanded")
+    start = places.run("pro") if name == "instruct" else places.model(model)
     steps = settings.base_steps if base else settings.steps
     code = SourceConfig("code", _text(places, "code_train"), 1 - REPLAYED)
     sources = {
         "base": (SourceConfig("prose-and-some-code", _text(places, "base_train")),),
         "replay": (code, SourceConfig("prose", _text(places, "prose_train"), REPLAYED)),
+        "instruct": (SourceConfig("chat", _text(places, "chat_train"), kind="chat"),),
     }.get(name, (dataclasses.replace(code, weight=1.0),))
+    held_out = [EvalSourceConfig(d, _text(places, f"{d}_heldout")) for d in DOMAINS]
+    if name == "instruct":
+        held_out.append(EvalSourceConfig("chat", _text(places, "chat_heldout"), kind="chat"))
     return RunConfig(
-        model=os.fspath(places.model(model)),
+        model=os.fspath(start),
         output=os.fspath(places.run(name)),
-        trainable=("all",) if name in ("base", "full") else ("new",),
+        trainable=("all",) if name in ("base", "full", "instruct") else ("new",),
         compute_dtype="float32",
         seed=settings.seed,
         data=DataConfig(
             sequence_length=settings.length,
             batch_size=settings.batch,
             sources=sources,
-            eval=tuple(EvalSourceConfig(d, _text(places, f"{d}_heldout")) for d in DOMAINS),
+            eval=tuple(held_out),
             cache_directory=os.fspath(places.out / "data"),
         ),
         optimizer=OptimizerConfig(

@@ -96,13 +96,27 @@ def test_the_proofs_hold(first: tuple[Path, int, str]) -> None:
 
 
 @pytest.mark.slow
+def test_the_tuned_model_has_the_template_it_was_tuned_with(first: tuple[Path, int, str]) -> None:
+    tuned = first[0] / "models" / "instruct"
+    template = (tuned / "chat_template.jinja").read_text()
+    assert "<|assistant|>" in template and re.search(r"\{%-? generation", template)
+    assert read_json(tuned / "tokenizer_config.json")["chat_template"] == template
+    summary = read_json(first[0] / "runs" / "instruct" / "summary.json")
+    assert summary["parameters"]["trainable"] == summary["parameters"]["total"]
+    checks = {c["what"]: c for c in read_json(first[0] / "results.json")["checks"]}
+    answers = next(check for what, check in checks.items() if "end token" in what)
+    assert re.fullmatch(r"\d+ of 20", answers["found"])
+
+
+@pytest.mark.slow
 def test_every_step_shows_a_command_that_a_user_can_type(first: tuple[Path, int, str]) -> None:
     commands = re.findall(r"\$ (llamapro .*)", first[2])
     verbs = [shlex.split(command)[1] for command in commands]
     for command in commands:
         cli.build_parser().parse_args(shlex.split(command)[1:])
-    assert verbs.count("train") == 4 and verbs.count("evaluate") == 3
-    assert {"convert", "expand", "export", "generate", "report"} < set(verbs)
+    assert verbs.count("train") == 5 and verbs.count("evaluate") == 3
+    assert verbs.count("export") == 3 and verbs.count("generate") == 2
+    assert {"convert", "expand", "report"} < set(verbs)
     assert "Warning" not in first[2] and "WARNING" not in first[2]
 
 
@@ -259,9 +273,12 @@ def test_off_must_measure_exactly_as_the_base_does(moved: tuple[int, int]) -> No
     assert check.passed == (moved == (0, 0)) and check.found == f"{sum(moved)} of 2 differ"
 
 
-def test_the_shipped_config_is_the_run_of_the_quickstart() -> None:
-    ours = run_config("pro", FULL, Places(Path("runs/quickstart")))
-    assert load_config(CONFIGS / "quickstart.yaml") == ours
+@pytest.mark.parametrize(
+    ("file", "run"), [("quickstart.yaml", "pro"), ("quickstart_instruct.yaml", "instruct")]
+)
+def test_the_shipped_configs_are_runs_of_the_quickstart(file: str, run: str) -> None:
+    ours = run_config(run, FULL, Places(Path("runs/quickstart")))
+    assert load_config(CONFIGS / file) == ours
 
 
 def test_replay_is_a_tenth_and_the_control_trains_the_base() -> None:
