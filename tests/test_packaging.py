@@ -25,7 +25,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Import names whose distribution is called otherwise.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "yaml": "pyyaml", "google": "protobuf"}
 # What only an extra brings: imported inside functions, and its absence is handled there.
-OPTIONAL = {"wandb"}
+OPTIONAL = {"wandb", "datasets", "pyarrow", "lm-eval"}
+# A class of lm_eval's model, in a file that is imported when lm_eval is asked for.
+IMPORTED_LATE = {"harness_model.py"}
 IMPORT_MODULE = "importlib.import_module"
 # The one reader of PyTorch's own files, behind an explicit flag.
 TORCH_READERS = {"llamapro_jax/hf/safetensors.py"}
@@ -168,7 +170,7 @@ def test_optional_packages_and_torch_are_imported_late() -> None:
         (path.name, module)
         for path in SOURCES
         for module, top in imports(path)
-        if top and module.partition(".")[0] in OPTIONAL | {"torch"}
+        if top and distribution(module) in OPTIONAL | {"torch"} and path.name not in IMPORTED_LATE
     ]
     assert early == []
 
