@@ -35,7 +35,6 @@ class SuiteConfig:
 
     tasks: tuple[SuiteTask, ...] = option("The columns.")
     include_path: str | None = option("A directory of your own tasks, `NAME.yaml` each.", None)
-    published_in: str | None = option("Where the published figures are from.", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.tasks:
