@@ -139,6 +139,34 @@ def test_parquet_with_any_type_of_string(tmp_path: Path, kind: str) -> None:
     assert values(Content(str(file))) == TEXTS
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "\ufefffirst")
+    write(tmp_path / "b.jsonl", '\ufeff{"text": "second"}\n')
+    assert values(Content(str(tmp_path))) == ["first", "second"]
+
+
+def test_what_cannot_be_looked_into_is_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inside = tmp_path / "texts"
+    write(inside / "a.txt", "a")
+    write(tmp_path / "outside" / "b.txt", "b")
+    (inside / "link").symlink_to(tmp_path / "outside")
+    assert values(Content(str(inside))) == ["a"]
+    assert f"{inside / 'link'} is a link to a directory" in caplog.text
+    (inside / "c.txt").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match="c.txt: is a link to a file that does not exist"):
+        values(Content(str(inside)))
+    (inside / "c.txt").unlink()
+
+    def refused(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refused)  # whoever runs the tests may read everything
+    with pytest.raises(UserError, match="texts: cannot be read .Permission denied"):
+        values(Content(str(inside)))
+
+
 def test_code_is_one_document_a_file(tmp_path: Path) -> None:
     for name in ("b.py", "a/z.RS", "Makefile", "CMakeLists.txt"):
         write(tmp_path / name, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from llamapro_jax.data import datasets_directory, parquet, suffixes
 from llamapro_jax.data.lines import read_lines, read_whole
 from llamapro_jax.data.packages import data_package
 from llamapro_jax.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 KINDS = ("text", "code", "chat", "tfds", "datasets")
 PIECE_BYTES = 2**26
@@ -177,15 +180,7 @@ def _storage(content: Content) -> str:
 
 def _files(path: Path, kind: str) -> list[Path]:
     if path.is_dir():
-        found = []
-        for directory, names, files in os.walk(path):
-            names[:] = [name for name in names if not name.startswith(".")]
-            found += [
-                Path(directory, name)
-                for name in files
-                if not name.startswith(".") and suffixes.layout(name, kind)
-            ]
-        found = [file for file in found if file.is_file()]
+        found = list(_walk(path, kind))
         if not found:
             raise UserError(
                 f"{path}: no file below it ends in {suffixes.described(kind)}; name a directory "
@@ -200,6 +195,30 @@ def _files(path: Path, kind: str) -> list[Path]:
             f"{suffixes.described(kind)}, not in {path.suffix!r}; rename or convert it."
         )
     return [path]
+
+
+def _walk(path: Path, kind: str) -> Iterator[Path]:
+    """The files of a kind below a directory. What cannot be looked into is an error, not a gap."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}).") from None
+
+    for directory, names, files in os.walk(path, onerror=unreadable):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for name in names:
+            if os.path.islink(os.path.join(directory, name)):
+                log.warning(
+                    "%s is a link to a directory and is passed over; name its target as a source.",
+                    os.path.join(directory, name),
+                )
+        for name in files:
+            file = Path(directory, name)
+            if name.startswith(".") or not suffixes.layout(name, kind):
+                continue
+            if file.is_symlink() and not file.exists():
+                raise UserError(f"{file}: is a link to a file that does not exist; remove it.")
+            if file.is_file():
+                yield file
 
 
 def _other_kind(path: Path) -> str:
@@ -305,8 +324,9 @@ def _rows(part: Part, content: Content, storage: str) -> Iterator[tuple[str, Any
 
 
 def _decode(data: bytes) -> str:
+    """The text, without the byte order mark that some editors begin a file with."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise BadRecord(
             f"is not UTF-8 ({error.reason} at byte {error.start} of it); convert it, for instance "
