@@ -93,7 +93,6 @@ def run_with_cache(
 
     The first `padding` slots of a row are never seen; its positions count from the one after.
     """
-    config = program.config
     slots = jax.tree.leaves(cache)[0].shape[3]
     padding_B1 = jnp.reshape(jnp.asarray(padding_B, jnp.int32), (-1, 1))
     positions_BT = start + jnp.arange(tokens_BT.shape[1])[None] - padding_B1
@@ -104,8 +103,22 @@ def run_with_cache(
         slot_positions_BS,
         jnp.zeros_like(positions_BT),
         (slot_positions_BS < 0).astype(jnp.int32),
-        config.sliding_window,
+        program.config.sliding_window,
     )
+    return run_masked(program, params, cache, tokens_BT, start, positions_BT, mask_BTS)
+
+
+def run_masked(
+    program: Program,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    start: jax.Array,
+    positions_BT: jax.Array,
+    mask_BTS: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """`run_with_cache` for tokens at any positions, which see the slots that the mask says."""
+    config = program.config
     context = Context(*rope_tables(config, positions_BT), mask_BTS, start)
 
     def body(x_BTD: jax.Array, of_block: Any) -> tuple[jax.Array, KeyValues | None]:

@@ -2,8 +2,8 @@
 lm-evaluation-harness asks of a model.
 
 Rows are padded to a few lengths, each compiled once. Of a likelihood only the tokens that are asked
-about meet the vocabulary, and requests that differ in their last token alone (choices A, B, C, D)
-are one row.
+about meet the vocabulary, requests that differ in their last token alone (choices A, B, C, D) are
+one row, and a long beginning that rows share goes through the model once (`shared_prefix`).
 
 Legend: B batch, T row length, S slots of the cache, N tokens asked about, D model, V vocabulary.
 """
@@ -11,7 +11,7 @@ Legend: B batch, T row length, S slots of the cache, N tokens asked about, D mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.expansion import Segment
 from llamapro_jax.generate import (
     DECODER_CONTEXT,
     Cache,
@@ -33,46 +32,33 @@ from llamapro_jax.generate import (
 )
 from llamapro_jax.hf.tokenizer import Tokenizer
 from llamapro_jax.model.api import Model
-from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.progress import tracked
+from llamapro_jax.shared_prefix import Beginning, Row, row_length, split
 
 # Tokens whose scores over the vocabulary exist at the same time: 128 MiB of float32 at V = 131072.
 SCORES_AT_ONCE = 256
 
 Request = tuple[Sequence[int], Sequence[int]]
+# (request, row of the batch, index in it of the token before, target)
+Asked = tuple[int, int, int, int]
 
 
-def row_length(tokens: int) -> int:
-    """The padded length of a row: 16, 32, 48, 64, 96, 128, 192, ...; at most half of it padding."""
-    power = max(16, 1 << (tokens - 1).bit_length())
-    half_step = power * 3 // 4
-    return half_step if 32 <= half_step and tokens <= half_step else power
-
-
-@partial(jax.jit, static_argnames=("config", "segments", "dtype", "with_new"))
-def _states(
-    params: Params,
-    tokens_BT: jax.Array,
-    *,
-    config: ModelConfig,
-    segments: tuple[Segment, ...],
-    dtype: np.dtype,
-    with_new: bool,
-) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def _states(program: Program, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """The final hidden states [B, T, D] of rows that are padded at the end."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    with full_precision(dtype):
+    with full_precision(program.dtype):
         return hidden_states(
             params,
             tokens_BT,
             positions_BT,
             None,
-            config=config,
-            segments=segments,
-            dtype=dtype,
-            with_new=with_new,
+            config=program.config,
+            segments=program.segments,
+            dtype=program.dtype,
+            with_new=program.with_new,
             attention="auto",
         )
 
@@ -91,26 +77,15 @@ def _log_p(
     return log_p_N, jnp.argmax(scores_NV, axis=-1) == target_N
 
 
-@dataclass
-class _Row:
-    """Tokens that go through the model once, and which requests want what of them.
-
-    asked: (request, index of the first predicted token in `tokens` + 1, continuation).
-    """
-
-    tokens: tuple[int, ...]
-    asked: list[tuple[int, int, Sequence[int]]] = field(default_factory=list)
-
-
-def _rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
-    """The distinct rows, longest first: what does not fit into memory fails at the start."""
-    rows: dict[tuple[int, ...], _Row] = {}
+def _rows(requests: Sequence[Request], max_length: int) -> list[Row]:
+    """The distinct rows."""
+    rows: dict[tuple[int, ...], Row] = {}
     for index, (context, continuation) in enumerate(requests):
         # As the harness: from the left, and the last token is only ever a target.
         tokens = (*context, *continuation)[-(max_length + 1) :][:-1]
-        row = rows.setdefault(tokens, _Row(tokens))
+        row = rows.setdefault(tokens, Row(tokens))
         row.asked.append((index, len(tokens) + 1 - len(continuation), continuation))
-    return sorted(rows.values(), key=lambda row: -len(row.tokens))
+    return list(rows.values())
 
 
 def check_max_length(model: Model, max_length: int | None) -> int:
@@ -157,40 +132,60 @@ def loglikelihoods(
     check_batch_size(batch_size)
     model.check_new_blocks(new_blocks)
     _check_requests(model, requests, max_length)
-    rows = _rows(requests, max_length)
+    program = Program(model.config, model.plan.segments, model.dtype, new_blocks)
+    batches = _batches(_rows(requests, max_length), batch_size)
+    beginning = Beginning(program, model.params)
     log_p = [0.0] * len(requests)
     greedy = [True] * len(requests)
-    starts = range(0, len(rows), batch_size)
-    for start in starts if progress is None else tracked(starts, progress):
-        batch = rows[start : start + batch_size]
-        tokens_BT = np.zeros((batch_size, row_length(len(batch[0].tokens))), np.int32)
-        for row, one in zip(tokens_BT, batch, strict=False):
-            row[: len(one.tokens)] = one.tokens
-        x_BTD = _states(
-            model.params,
-            tokens_BT,
-            config=model.config,
-            segments=model.plan.segments,
-            dtype=model.dtype,
-            with_new=new_blocks,
-        )
-        for request, value, best in _asked(model, x_BTD, batch):
+    for batch in batches if progress is None else tracked(batches, progress):
+        x_BTD, asked = batch.run(beginning, program, model.params)
+        for request, value, best in _scored(model, x_BTD, asked):
             log_p[request] += value
             greedy[request] &= best
     return list(zip(log_p, greedy, strict=True))
 
 
-def _asked(
-    model: Model, x_BTD: jax.Array, batch: Sequence[_Row]
+@dataclass(frozen=True)
+class _Batch:
+    """Rows that go through the model together; `shared` tokens at their beginning are the same."""
+
+    rows: Sequence[Row]
+    size: int
+    shared: int = 0
+
+    def run(
+        self, beginning: Beginning, program: Program, params: Params
+    ) -> tuple[jax.Array, Iterator[Asked]]:
+        """The final hidden states [B, T, D], and what is asked of them."""
+        if self.shared:
+            x_BTD, places = beginning.states(self.rows, self.shared)
+        else:
+            tokens_BT = np.zeros((self.size, row_length(len(self.rows[0].tokens))), np.int32)
+            for padded, row in zip(tokens_BT, self.rows, strict=False):
+                padded[: len(row.tokens)] = row.tokens
+            x_BTD = _states(program, params, tokens_BT)
+            places = [(i, 0) for i in range(len(self.rows))]
+        return x_BTD, (
+            (request, at, start + first - 1 + i, target)
+            for (at, start), row in zip(places, self.rows, strict=True)
+            for request, first, continuation in row.asked
+            for i, target in enumerate(continuation)
+        )
+
+
+def _batches(rows: Sequence[Row], batch_size: int) -> list[_Batch]:
+    alone, together = split(rows)
+    batches = [_Batch(rows, batch_size, shared) for shared, rows in together]
+    for start in range(0, len(alone), batch_size):
+        batches.append(_Batch(alone[start : start + batch_size], batch_size))
+    return batches
+
+
+def _scored(
+    model: Model, x_BTD: jax.Array, asked: Iterator[Asked]
 ) -> Iterator[tuple[int, float, bool]]:
-    """(request, log p, whether the likeliest) for each token of each continuation of the batch."""
-    tokens = (
-        (request, row, first - 1 + i, target)
-        for row, one in enumerate(batch)
-        for request, first, continuation in one.asked
-        for i, target in enumerate(continuation)
-    )
-    while group := list(islice(tokens, SCORES_AT_ONCE)):
+    """(request, log p, whether the likeliest) for each token that is asked about."""
+    while group := list(islice(asked, SCORES_AT_ONCE)):
         columns_3N = np.zeros((3, SCORES_AT_ONCE), np.int32)
         columns_3N[:, : len(group)] = np.transpose([one[1:] for one in group])
         log_p_N, best_N = _log_p(x_BTD, head_weight(model.params), *columns_3N)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from models import disturbed, expand_to, write_with_tokenizer
 
 from llamapro_jax import UserError
@@ -18,6 +20,7 @@ from llamapro_jax.tasks import (
     encode,
     encode_pairs,
     encode_task,
+    generation,
     measure_task,
     read_task,
     standard_error,
@@ -148,6 +151,44 @@ def test_prompts_are_those_of_lm_eval(tmp_path: Path) -> None:
     (ours,) = read_task("h", write(tmp_path / "h.jsonl", hellaswag)).items
     assert ours.contexts[0] == preprocess(text)
     assert ours.continuations[0] == " " + preprocess(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "record"),
+    [
+        ("arc/arc_easy.yaml", ARC),
+        ("openbookqa/openbookqa.yaml", {**ARC, "question_stem": "The sun"}),
+        ("piqa/piqa.yaml", {"goal": "To sit", "sol1": "a", "sol2": "b", "label": 1}),
+        (
+            "mmlu/default/_default_template_yaml",
+            {"question": " Q? ", "subject": "law", "choices": ["x", "y", "z", "u"], "answer": 2},
+        ),
+        ("gsm8k/gsm8k.yaml", GSM),
+    ],
+)
+def test_prompts_and_answers_are_those_of_the_tasks_of_lm_eval(
+    file: str, record: dict, tmp_path: Path
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.utils import apply_template
+
+    text = (Path(lm_eval.__file__).parent / "tasks" / file).read_text()
+    task = yaml.safe_load(text.replace("!function", ""))
+
+    def rendered(template: Any) -> Any:
+        return record[template] if template in record else apply_template(template, record)
+
+    (ours,) = read_task("t", write(tmp_path / "t.jsonl", record)).items
+    if not isinstance(ours, Question):
+        assert ours.context == rendered(task["doc_to_text"])
+        assert ours.answer == rendered(task["doc_to_target"])
+        assert list(generation.UNTIL) == task["generation_kwargs"]["until"]
+        return
+    assert set(ours.contexts) == {rendered(task["doc_to_text"])}
+    choices = task["doc_to_choice"]
+    choices = choices if isinstance(choices, list) else ast.literal_eval(rendered(choices))
+    assert ours.continuations == tuple(" " + choice for choice in choices)
+    assert ours.gold == int(rendered(task["doc_to_target"]))
 
 
 # ------------------------------------------------------------------- examples
