@@ -12,7 +12,8 @@ import pytest
 from data_sources import BOS, EOS, ByteTokenizer
 
 from llamapro_jax.data.dataset import open_rows
-from llamapro_jax.data.prepare import prepare_text, read_fingerprint
+from llamapro_jax.data.documents import Content
+from llamapro_jax.data.prepare import prepare, read_fingerprint
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import train_tokenizer
 
@@ -49,7 +50,7 @@ def test_a_prepared_set_gives_back_every_document(
     corpus: Path, tmp_path: Path, sequence_length: int
 ) -> None:
     tokenizer = ByteTokenizer()
-    directory = prepare_text(corpus, tokenizer, sequence_length, tmp_path / "cache")
+    directory = prepare(Content(str(corpus)), tokenizer, sequence_length, cache=tmp_path / "cache")
     assert read_back(directory, tokenizer, sequence_length) == TEXTS
     assert directory.parent == tmp_path / "cache"
     assert directory.name.startswith("my-texts-")
@@ -57,7 +58,7 @@ def test_a_prepared_set_gives_back_every_document(
 
 def test_the_models_own_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TEXTS, 300, tmp_path / "tokenizer")
-    directory = prepare_text(corpus, tokenizer, 8, tmp_path / "cache")
+    directory = prepare(Content(str(corpus)), tokenizer, 8, cache=tmp_path / "cache")
     rows = open_rows(
         directory,
         sequence_length=8,
@@ -73,7 +74,7 @@ def test_the_models_own_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None
 
 def test_the_fingerprint_says_what_went_in(corpus: Path, tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
-    directory = prepare_text(corpus, tokenizer, 16, tmp_path / "cache")
+    directory = prepare(Content(str(corpus)), tokenizer, 16, cache=tmp_path / "cache")
     record = read_fingerprint(directory)
     size = sum(len(text.encode()) for text in TEXTS)
     assert record is not None
@@ -91,21 +92,24 @@ def test_the_fingerprint_says_what_went_in(corpus: Path, tmp_path: Path) -> None
 
 def test_the_same_is_reused_and_another_stands_beside(corpus: Path, tmp_path: Path) -> None:
     tokenizer, cache = ByteTokenizer(), tmp_path / "cache"
-    first = prepare_text(corpus, tokenizer, 16, cache)
+    first = prepare(Content(str(corpus)), tokenizer, 16, cache=cache)
     calls = tokenizer.calls
-    assert prepare_text(corpus, tokenizer, 16, cache) == first
+    assert prepare(Content(str(corpus)), tokenizer, 16, cache=cache) == first
     assert tokenizer.calls == calls
-    longer = prepare_text(corpus, tokenizer, 32, cache)
+    longer = prepare(Content(str(corpus)), tokenizer, 32, cache=cache)
     (corpus / "1.txt").write_text("changed")
-    changed = prepare_text(corpus, tokenizer, 16, cache)
+    changed = prepare(Content(str(corpus)), tokenizer, 16, cache=cache)
     other = ByteTokenizer()
     other.fingerprint = "another"
-    assert len({first, longer, changed, prepare_text(corpus, other, 16, cache)}) == 4
+    assert len({first, longer, changed, prepare(Content(str(corpus)), other, 16, cache=cache)}) == 4
     assert first.is_dir()
 
 
 def test_the_same_text_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
-    sets = [prepare_text(corpus, ByteTokenizer(), 8, tmp_path / name) for name in ("a", "b")]
+    sets = [
+        prepare(Content(str(corpus)), ByteTokenizer(), 8, cache=tmp_path / name)
+        for name in ("a", "b")
+    ]
     contents = [{file.name: file.read_bytes() for file in sorted(d.iterdir())} for d in sets]
     assert contents[0] == contents[1]
 
@@ -113,7 +117,7 @@ def test_the_same_text_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> Non
 def test_nothing_is_left_when_it_fails(corpus: Path, tmp_path: Path) -> None:
     (corpus / "z.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"z\.txt: is not UTF-8"):
-        prepare_text(corpus, ByteTokenizer(), 4, tmp_path / "cache")
+        prepare(Content(str(corpus)), ByteTokenizer(), 4, cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -121,7 +125,7 @@ def test_no_text_is_an_error(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
     with pytest.raises(UserError, match=r"empty\.txt: holds no text"):
-        prepare_text(empty, ByteTokenizer(), 4, tmp_path / "cache")
+        prepare(Content(str(empty)), ByteTokenizer(), 4, cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -140,7 +144,7 @@ def test_memory_does_not_grow_with_the_number_of_documents(
         return [[BOS, EOS] for _ in texts]
 
     monkeypatch.setattr(tokenizer, "encode_batch", encode_batch)
-    prepare_text(file, tokenizer, 64, tmp_path / "cache")
+    prepare(Content(str(file)), tokenizer, 64, cache=tmp_path / "cache")
     assert sizes == [1049, 1049, 402]
 
 
@@ -178,6 +182,6 @@ def test_progress_is_plain_and_rare_without_a_terminal(
 ) -> None:
     clock = iter(range(0, 10000, 31))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    prepare_text(corpus, ByteTokenizer(), 8, tmp_path / "cache")
+    prepare(Content(str(corpus)), ByteTokenizer(), 8, cache=tmp_path / "cache")
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and "\r" not in "".join(lines)

@@ -25,12 +25,7 @@ from llamapro_jax.data.chat import ChatTemplate, messages_of
 from llamapro_jax.data.dataset import Rows, open_rows
 from llamapro_jax.data.documents import Content, pieces
 from llamapro_jax.data.packing import pack
-from llamapro_jax.data.prepare import (
-    Preparation,
-    fingerprint,
-    prepare,
-    read_fingerprint,
-)
+from llamapro_jax.data.prepare import Preparation, fingerprint, prepare, read_fingerprint
 from llamapro_jax.data.prepare_config import load_prepare_config
 from llamapro_jax.data.work import working
 from llamapro_jax.errors import UserError
@@ -428,6 +423,27 @@ def test_what_is_no_data_set_is_not_replaced(lines: Path, tmp_path: Path) -> Non
     assert len(
         rows_of(prepare(Content(str(lines)), ByteTokenizer(), 16, target=tmp_path / "empty"))
     )
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"fingerprint": "x", "documents": 3}'])
+def test_the_fingerprint_of_another_program_is_not_ours(
+    lines: Path, tmp_path: Path, content: str
+) -> None:
+    target = tmp_path / "set"
+    target.mkdir()
+    (target / "fingerprint.json").write_text(content)
+    assert read_fingerprint(target) is None
+    with pytest.raises(UserError, match="set: is not empty"):
+        prepare(Content(str(lines)), ByteTokenizer(), 16, target=target)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": 3}'])
+def test_damaged_metadata_is_said(lines: Path, tmp_path: Path, name: str, content: str) -> None:
+    target = prepare(Content(str(lines)), ByteTokenizer(), 16, target=tmp_path / "set")
+    (target / name).write_text(content)
+    with pytest.raises(UserError, match="is damaged or missing .*prepare the data set again"):
+        rows_of(target)
 
 
 def test_the_fingerprint_without_preparing(lines: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ FINGERPRINT_FILE = "fingerprint.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 # A share of bad records is judged before the end only when so many were read.
 _RECORDS_TO_JUDGE = 1000
+# Of each data set that was ever prepared.
+_KEYS = {"fingerprint", "tokenizer", "documents", "bytes", "tokens", "targets", "largest_token"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,22 +276,14 @@ def fingerprint(
     return preparation.identity.digest
 
 
-def prepare_text(
-    path: str | Path, tokenizer: Tokenizer, sequence_length: int, destination: str | Path
-) -> Path:
-    """`prepare` of text files into the cache `destination`."""
-    return prepare(Content(str(path)), tokenizer, sequence_length, cache=destination)
-
-
-def text_fingerprint(path: str | Path, tokenizer: Tokenizer, sequence_length: int) -> str:
-    """`fingerprint` of text files."""
-    return fingerprint(Content(str(path)), tokenizer, sequence_length)
-
-
 def read_fingerprint(directory: str | Path) -> dict[str, Any] | None:
-    """The content of a prepared data set's `fingerprint.json`; None for one made by others."""
+    """The content of a prepared data set's `fingerprint.json`; None for one made by others.
+
+    Another program's file of the same name counts as none.
+    """
     file = Path(directory) / FINGERPRINT_FILE
-    return read_json(file) if file.is_file() else None
+    record = read_json(file) if file.is_file() else None
+    return record if isinstance(record, dict) and record.keys() >= _KEYS else None
 
 
 def _total(counts: list[Counts]) -> Counts:

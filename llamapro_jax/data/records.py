@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from google.protobuf.json_format import ParseError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from llamapro_jax.data.rows import DTYPES, Row
@@ -126,7 +127,7 @@ def open_builder(path: str) -> Any:
     """
     directory = Path(path).expanduser()
     if directory.exists():
-        builder = tfds.builder_from_directory(str(_dataset_directory(directory)))
+        builder = _builder_of(_dataset_directory(directory))
     else:
         try:
             builder = tfds.core.read_only_builder.builder_from_files(path)
@@ -188,6 +189,17 @@ def read_record(source: Any, index: int, path: str) -> dict[str, Any]:
             f"({str(error).splitlines()[0]}); remove the data set and prepare it again."
         ) from None
     return features
+
+
+def _builder_of(directory: Path) -> Any:
+    try:
+        return tfds.builder_from_directory(str(directory))
+    except (ParseError, ValueError, KeyError, OSError) as error:
+        why = str(error).splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{directory}: dataset_info.json or features.json is damaged or missing ({why[0]}); "
+            "prepare the data set again."
+        ) from None
 
 
 def _dataset_directory(directory: Path) -> Path:
