@@ -12,9 +12,10 @@ from data_sources import ByteTokenizer
 from llamapro_jax.config import SourceConfig
 from llamapro_jax.data import dataset
 from llamapro_jax.data.dataset import Rows, open_rows, open_source
+from llamapro_jax.data.documents import Content
 from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.data.prefetch import Prefetcher
-from llamapro_jax.data.prepare import prepare_text
+from llamapro_jax.data.prepare import prepare
 from llamapro_jax.errors import UserError
 
 
@@ -63,7 +64,7 @@ def foreign(tmp_path: Path) -> Path:
 def prepared(tmp_path: Path) -> Path:
     text = tmp_path / "a.txt"
     text.write_text("some text to read back " * 40)
-    return prepare_text(text, ByteTokenizer(), 16, tmp_path / "cache")
+    return prepare(Content(str(text)), ByteTokenizer(), 16, cache=tmp_path / "cache")
 
 
 def test_tokens_alone_are_enough(foreign: Path) -> None:
@@ -222,6 +223,18 @@ def test_a_file_of_the_same_name_is_no_fingerprint(foreign: Path, content: str) 
     (foreign / "fingerprint.json").write_text(content)
     rows = open_rows(foreign, sequence_length=6, vocab_size=100, tokenizer_fingerprint="y")
     assert rows.fingerprint is None
+
+
+def test_what_rows_are_recognised_by(foreign: Path, prepared: Path, tmp_path: Path) -> None:
+    def digest(path: Path, length: int) -> str:
+        return open_rows(path, sequence_length=length, vocab_size=258).digest
+
+    recorded = json.loads((prepared / "fingerprint.json").read_text())["fingerprint"]
+    assert digest(prepared, 16) == recorded
+    examples = [{"tokens": np.arange(i, i + 6)} for i in range(11)]
+    longer = write_foreign(tmp_path / "longer", tokens_feature(6), examples, ("train", "valid"))
+    same = write_foreign(tmp_path / "same", tokens_feature(6), examples[:10], ("train", "valid"))
+    assert digest(same, 6) == digest(foreign, 6) != digest(longer, 6)
 
 
 def test_many_rows_are_those_read_singly(prepared: Path, foreign: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -11,11 +12,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamapro_jax.data.mixture import Mixture, counts_before, exact, parts, picks, whole_shares
+from llamapro_jax.data.packing import pack
+from llamapro_jax.data.rows import Row, stack_rows
 from llamapro_jax.errors import UserError
 
 weights_strategy = st.lists(
     st.decimals(min_value="0.001", max_value=10, places=3).map(float), min_size=1, max_size=5
 )
+
+
+class ListRows:
+    """Rows in memory."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+        self.keys = [self.key(row) for row in rows]
+        self.sequence_length = len(rows[0]["tokens"])
+
+    @staticmethod
+    def key(row: Row) -> bytes:
+        return b"".join(row[name].tobytes() for name in sorted(row))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+    def read(self, indices: Sequence[int]) -> Row:
+        return stack_rows([self._rows[index] for index in indices], len(indices))
 
 
 def two_sources(batch_size: int = 8, seed: int = 3) -> Mixture:
@@ -62,6 +87,43 @@ def test_weights_by_rows_pass_over_everything_once_an_epoch() -> None:
     for epoch in tokens:
         assert sorted(epoch) == everything
     assert (tokens[0] != tokens[1]).any() and (tokens[1] != tokens[2]).any()
+
+
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(3, 99), max_size=9), min_size=1, max_size=9),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(2, 12),
+    st.integers(1, 7),
+    st.integers(0, 9),
+)
+def test_an_epoch_of_any_mixture_gives_back_every_document_once(
+    texts: list[list[list[int]]], length: int, batch_size: int, seed: int
+) -> None:
+    """Documents that begin with 1 and end with 2, cut anywhere by the rows of their source."""
+    documents = [[[1, *words, 2] for words in source] for source in texts]
+    packed = [ListRows(list(pack(source, length))) for source in documents]
+    weights = parts(["rows"] * len(packed), [len(rows) for rows in packed])
+    mixture = Mixture(
+        [(str(i), rows, weights[i]) for i, rows in enumerate(packed)], batch_size, seed
+    )
+    total = sum(map(len, packed))
+    steps = range(math.ceil(total / batch_size))
+    batches = [mixture.batch(step) for step in steps]
+    whole = {name: np.concatenate([b[name] for b in batches])[:total] for name in batches[0]}
+    for number, rows in enumerate(packed):
+        mine = [
+            {name: array[place] for name, array in whole.items() if name != "source"}
+            for place in np.flatnonzero(whole["source"] == number)
+        ]
+        # Rows of equal content are one as good as the other.
+        order = sorted(mine, key=lambda row: rows.keys.index(ListRows.key(row)))
+        assert sorted(map(ListRows.key, mine)) == sorted(rows.keys)
+        tokens = [t for row in order for t in row["tokens"][row["segment_ids"] > 0].tolist()]
+        if len(set(rows.keys)) == len(rows.keys):
+            assert tokens == [token for document in documents[number] for token in document]
 
 
 @given(weights_strategy, st.integers(0, 10**15))

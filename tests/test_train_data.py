@@ -126,6 +126,16 @@ def test_replay_is_a_quarter_of_the_rows_and_of_text(work: Path, trained: Path) 
     assert [row.all() for row in counts] == [source == 1 for source in batch["source"]]
 
 
+def test_a_run_says_how_often_it_passes_over_each_text(work: Path, trained: Path) -> None:
+    config = config_of(work, trained)
+    data = open_data(config, trained, 320, load_tokenizer(work / "model"))
+    chat, words = (len(data.rows[where]) for where in ("sources.chat", "replay.words"))
+    assert data.passes(100).splitlines() == [
+        f"chat: {chat} rows, 75.0% of the batches, {300 / chat:.2f} passes",
+        f"words: {words} rows, 25.0% of the batches, {100 / words:.2f} passes",
+    ]
+
+
 def test_the_run_carries_the_template(trained: Path, work: Path) -> None:
     tokenizer = load_tokenizer(trained)
     assert tokenizer.chat_template is not None and LLAMA_PRO in tokenizer.chat_template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Rows:
     `rows[i]` is a dict of four arrays [T] (see `llamapro_jax.data.rows`), `rows.read(indices)` one
     of arrays [n, T], which is faster. They are checked as they are read: T tokens, each in
     [0, vocab_size). `fingerprint` is what `llamapro_jax.data.prepare` recorded (tokenizer, files,
-    documents, tokens, targets, bytes), or None for a data set made by others.
+    documents, tokens, targets, bytes), or None for a data set made by others. `digest` changes
+    with the rows: of a data set made by others, with the number and size of its records.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Rows:
         sequence_length: int,
         vocab_size: int,
         fingerprint: dict[str, Any] | None,
+        digest: str,
     ) -> None:
         self.name = name
         self.path = path
@@ -49,6 +52,7 @@ class Rows:
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
+        self.digest = digest
         self._records = records
         self._columns = columns
 
@@ -129,7 +133,10 @@ def open_rows(
         _check_fingerprint(fingerprint, name, path, vocab_size, tokenizer_fingerprint)
     records = open_split(builder, path, split).data_source
     columns = Columns(builder.info.features, sequence_length)
-    rows = Rows(name, path, split, records, columns, sequence_length, vocab_size, fingerprint)
+    digest = fingerprint["fingerprint"] if fingerprint else _digest(builder)
+    rows = Rows(
+        name, path, split, records, columns, sequence_length, vocab_size, fingerprint, digest
+    )
     rows.read(range(0, len(rows), -(-len(rows) // ROWS_LOOKED_AT)))
     return rows
 
@@ -208,6 +215,15 @@ def open_source(
         name=entry.name,
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
     )
+
+
+def _digest(builder: Any) -> str:
+    """Of the metadata of a data set made by others, which has the records and bytes of its shards:
+    to hash the records themselves would mean to read them all."""
+    described = sorted(
+        (name, split.shard_lengths, split.num_bytes) for name, split in builder.info.splits.items()
+    )
+    return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
 def _own_fingerprint(directory: str | Path) -> dict[str, Any] | None:

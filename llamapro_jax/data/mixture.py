@@ -39,6 +39,8 @@ class Mixture:
         self.sequence_length = sources[0][1].sequence_length
         self._rows = [rows for _, rows, _ in sources]
         self._shares = whole_shares([weight for _, _, weight in sources])
+        self.lengths = [len(rows) for _, rows, _ in sources]
+        self.shares = [Fraction(share, sum(self._shares)) for share in self._shares]
         self._orders = [_Order(len(rows), seed, name) for name, rows, _ in sources]
 
     def batch(self, step: int) -> dict[str, np.ndarray]:

@@ -122,6 +122,7 @@ def _run(setup: Setup, stop: StopSignals) -> None:
     config, source = setup.config, setup.source
     spec, dtype = config.trainable, config.compute_dtype
     _say(format_table(trainable_table(source.config, source.plan, spec, dtype)))
+    _say(setup.data.passes(config.training.steps))
     stop.agree_over(setup.mesh)
     fitted = _fitted(setup)
     setup = replace(setup, config=fitted.run)

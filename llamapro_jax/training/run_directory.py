@@ -46,9 +46,9 @@ class RunRecord:
     """run.json.
 
     model: where the run began from, a path made absolute or a hub id. model_digest: of its
-    fingerprint. lineage: that of the model and, last, this training. data: the fingerprint of
-    each prepared text by its name, None for a data set made by others. frozen: the checksum of
-    each frozen leaf as loaded (see `llamapro_jax.checksum`).
+    fingerprint. lineage: that of the model and, last, this training. data: what each text is
+    recognised by (`Rows.digest`), by its place in the configuration. frozen: the checksum of each
+    frozen leaf as loaded (see `llamapro_jax.checksum`).
     """
 
     model: str

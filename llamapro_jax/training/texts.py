@@ -32,12 +32,20 @@ class Data:
         return {name: rows for (kind, _, name), rows in of_eval if kind == "eval"}
 
     @property
-    def fingerprints(self) -> dict[str, str | None]:
-        """Of each prepared text; None for a set made by others."""
-        return {
-            where: one.fingerprint["fingerprint"] if one.fingerprint else None
-            for where, one in self.rows.items()
-        }
+    def fingerprints(self) -> dict[str, str]:
+        """What each text is recognised by, by its place."""
+        return {where: one.digest for where, one in self.rows.items()}
+
+    def passes(self, steps: int) -> str:
+        """Of each training text its rows, its share of all, and how often so many steps pass over
+        it, a line each."""
+        mixture = self.mixture
+        lines = []
+        for name, rows, part in zip(mixture.names, mixture.lengths, mixture.shares, strict=True):
+            share = float(part)
+            passes = share * steps * mixture.batch_size / rows
+            lines.append(f"{name}: {rows:,} rows, {share:.1%} of the batches, {passes:.2f} passes")
+        return "\n".join(lines)
 
 
 def _training_entries(config: RunConfig) -> list[tuple[str, SourceConfig]]:
