@@ -303,6 +303,11 @@ def test_a_tfds_set_with_text_is_tokenised(tmp_path: Path) -> None:
         opened(directory, "tfds", cache, tokenizer)
 
 
+def test_a_field_of_a_set_with_tokens_is_read_by_nothing(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing reads `field`, which is 'body'; remove it"):
+        opened(prepared, "tfds", tmp_path, field="body")
+
+
 def test_grain_takes_the_rows_as_a_source(foreign: Path) -> None:
     grain = pytest.importorskip("grain")
     rows = open_rows(foreign, sequence_length=6, vocab_size=100)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llamapro_jax.config_data import EvalSourceConfig, SourceConfig
+from llamapro_jax.config_data import DEFAULT_FIELD, EvalSourceConfig, SourceConfig
 from llamapro_jax.data.columns import BadRow, BadShape, Columns
 from llamapro_jax.data.documents import Content
 from llamapro_jax.data.prepare import TOKENIZER_DIRECTORY, Tokenizer, prepare, read_fingerprint
@@ -148,8 +148,13 @@ def content_of(entry: SourceConfig | EvalSourceConfig) -> Content | None:
     """
     if entry.kind == "tfds":
         features = open_builder(entry.path).info.features
-        if "tokens" in features:
+        if "tokens" in features and entry.field == DEFAULT_FIELD:
             return None
+        if "tokens" in features:
+            raise UserError(
+                f"{entry.name} ({entry.path}): has tokens, which are read as they are, so that "
+                f"nothing reads `field`, which is {entry.field!r}; remove it."
+            )
         if entry.field not in features:
             raise UserError(
                 f"{entry.name} ({entry.path}): has no feature 'tokens' and none called "
