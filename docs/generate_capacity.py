@@ -27,6 +27,7 @@ RESULTS = Path(__file__).with_name("capacity.json")
 # Recipe -> machines: one of each kind, of a size that takes it or nearly so.
 LINES: dict[str, tuple[str, ...]] = {
     "llama2_7b_pro": ("v5e-4", "v5p-8", "v5p-128", "v6e-8", "h100-8", "h200-1", "h200-8"),
+    "llama2_7b_pro_one_gpu": ("h100-1", "h200-1"),
     "llama2_70b_pro": ("v5p-128", "v5p-256", "v6e-256", "h100-64", "h200-32"),
     "llama2_13b_pro": ("v5e-16", "v5p-8", "v6e-8", "h100-8", "h200-8"),
     "mistral_7b_pro": ("v5e-8", "v5p-8", "v6e-8", "h100-8", "h200-8"),
