@@ -18,8 +18,6 @@ from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
 
 ROWS_LOOKED_AT = 64
-# Of a fingerprint.json, what is read here and by who is given it.
-_RECORDED = {"fingerprint", "tokenizer", "largest_token", "tokens", "documents", "bytes"}
 # Their split says what is read of them, of other kinds what is taken of the rows.
 OWN_SPLITS = ("tfds", "datasets")
 
@@ -128,7 +126,7 @@ def open_rows(
     name = name or Path(path).name
     builder = open_builder(path)
     _check_features(builder.info.features, name, path, sequence_length)
-    fingerprint = _own_fingerprint(builder.data_path)
+    fingerprint = read_fingerprint(builder.data_path)
     if fingerprint is not None:
         _check_fingerprint(fingerprint, name, path, vocab_size, tokenizer_fingerprint)
     records = open_split(builder, path, split).data_source
@@ -168,7 +166,7 @@ def content_of(entry: SourceConfig | EvalSourceConfig) -> Content | None:
 def prepared_template(entry: SourceConfig | EvalSourceConfig) -> str | None:
     """The chat template of a TFDS data set that was prepared from conversations; None of others."""
     directory = Path(open_builder(entry.path).data_path)
-    fingerprint = _own_fingerprint(directory)
+    fingerprint = read_fingerprint(directory)
     if fingerprint is None or fingerprint.get("kind") != "chat":
         return None
     file = directory / TOKENIZER_DIRECTORY / "chat_template.jinja"
@@ -229,12 +227,6 @@ def _digest(builder: Any) -> str:
         (name, split.shard_lengths, split.num_bytes) for name, split in builder.info.splits.items()
     )
     return hashlib.sha256(repr(described).encode()).hexdigest()
-
-
-def _own_fingerprint(directory: str | Path) -> dict[str, Any] | None:
-    """What preparing recorded; None where there is nothing, or another program's file."""
-    record = read_fingerprint(directory)
-    return record if isinstance(record, dict) and _RECORDED <= set(record) else None
 
 
 def damaged(path: str, index: int, why: Exception) -> UserError:
