@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from runs import digests, run_config, text, write_model, write_texts
 from test_data_dataset import tokens_feature, write_foreign
 
@@ -23,7 +25,7 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import load_tokenizer, train_tokenizer
 from llamapro_jax.metrics import read_metrics
 from llamapro_jax.training.loop import train
-from llamapro_jax.training.texts import open_data
+from llamapro_jax.training.texts import check_texts, fingerprints, open_data, open_prepared
 
 LENGTH = 64
 
@@ -124,6 +126,50 @@ def test_replay_is_a_quarter_of_the_rows_and_of_text(work: Path, trained: Path) 
     assert batch["source"].tolist().count(1) == 1
     counts = batch["loss_mask"] | (batch["segment_ids"] == 0)
     assert [row.all() for row in counts] == [source == 1 for source in batch["source"]]
+
+
+def test_every_kind_of_source(work: Path, tmp_path: Path) -> None:
+    """Each is prepared once, is the same when the run goes on, and is what it is said to be."""
+    datasets = pytest.importorskip("datasets")
+    documents = [{"body": line} for line in text(5, 20).splitlines()]
+    rows = datasets.Dataset.from_list(documents)
+    datasets.DatasetDict({"train": rows, "more": rows.select(range(5))}).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    write_foreign(tmp_path / "tfds", {"body": tfds.features.Text()}, documents)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.c").write_text("int main() { return 0; }\n" * 9)
+    prepared = prepared_chat(work, tmp_path / "prepared")
+
+    def source(name: str, path: Path, kind: str, **options: Any) -> dict[str, Any]:
+        return {"name": name, "path": str(path), "kind": kind, "weight": "rows", **options}
+
+    sources = [
+        source("text", tmp_path / "a.parquet", "text", field="body"),
+        source("code", tmp_path / "code", "code"),
+        source("chat", work / "texts/chat.jsonl", "chat"),
+        source("tfds", tmp_path / "tfds", "tfds", field="body"),
+        source("saved", tmp_path / "saved", "datasets", field="body"),
+        source("part", tmp_path / "saved", "datasets", field="body", split="more"),
+        {**prepared, "weight": "rows"},
+    ]
+    config = config_of(work, tmp_path / "run", *sources, data__replay=None)
+    tokenizer = load_tokenizer(work / "model")
+    assert check_texts(config, tokenizer) == ChatTemplate.load("llama_pro", tokenizer).text
+    data = open_data(config, tmp_path, 320, tokenizer)
+    lengths = {name.removeprefix("sources."): len(rows) for name, rows in data.rows.items()}
+    assert lengths["text"] == lengths["tfds"] == lengths["saved"] == 3 * lengths["part"]
+    assert lengths["chat"] == lengths["prepared"]
+    training = [lengths[entry["name"]] for entry in sources]
+    assert data.mixture.shares == [Fraction(n, sum(training)) for n in training]
+    found = fingerprints(config, tokenizer)
+    assert found == {where: data.fingerprints[where] for where in found}
+    assert set(data.fingerprints) - set(found) == {"sources.prepared"}
+    places = {where: (rows.path, rows.split) for where, rows in data.rows.items()}
+    elsewhere = open_prepared(config, places, 320)
+    for name, array in data.mixture.batch(5).items():
+        np.testing.assert_array_equal(elsewhere.mixture.batch(5)[name], array)
 
 
 def test_a_run_says_how_often_it_passes_over_each_text(work: Path, trained: Path) -> None:
