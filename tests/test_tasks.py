@@ -256,7 +256,7 @@ def test_a_task_is_measured_by_the_log_likelihoods_of_its_choices(
     task = read_task("t", write(tmp_path / "t.jsonl", *records))
     encoded = encode_task(model, task)
     settings = compare(model, (1.0, 0.5, 0.0), None).settings
-    rows = {s.label: measure_task(s, encoded, batch_size=3) for s in settings}
+    rows = {s.label: measure_task(s, encoded) for s in settings}
     tokenizer = model.require_tokenizer()
     for label, options in (("new blocks on", {}), ("new blocks off", {"new_blocks": False})):
         right, right_norm = [], []
