@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -49,14 +50,19 @@ def _in_processes(
     left = list(reversed(tasks))
     results: dict[int, Result] = {}
     try:
+        # In a file: through the pipe of a start it would take until the process reads it, one
+        # start after the other.
+        work.recipe.write_bytes(pickle.dumps(recipe))
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(theirs, work, recipe), daemon=True)
-            process.start()
+            process = context.Process(target=_main, args=(theirs, work), daemon=True)
+            with _interrupts_ignored():
+                process.start()
             theirs.close()
             running[ours] = process
-            ours.send(left.pop())
-        while running:
+        for ours in running:
+            _next_task(ours, running, left)
+        while len(results) < len(tasks):
             for ready in connection.wait(list(running)):
                 message = _receive(ready, running)
                 if isinstance(message, Seen):
@@ -75,12 +81,26 @@ def _in_processes(
     return results
 
 
-def _next_task(ready: Connection, running: dict[Connection, BaseProcess], left: list[Task]) -> None:
-    if left:
-        ready.send(left.pop())
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """What is started in here never sees Ctrl-C: this process gets it too, and ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    ready.send(None)
-    running.pop(ready).join()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _next_task(ready: Connection, running: dict[Connection, BaseProcess], left: list[Task]) -> None:
+    if not left:
+        return
+    try:
+        ready.send(left.pop())
+    except OSError:
+        raise _killed(running[ready]) from None
 
 
 def _receive(
@@ -89,22 +109,25 @@ def _receive(
     try:
         return ready.recv()
     except (EOFError, OSError):
-        process = running[ready]
-        process.join()
-        raise UserError(
-            f"a process that prepares data was killed (status {process.exitcode}), most likely for "
-            "want of memory; run the same command again to go on, with fewer workers."
-        ) from None
+        raise _killed(running[ready]) from None
 
 
-def _main(pipe: Connection, work: Work, recipe: Recipe) -> None:
-    """What a process does: pieces until there is None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent gets it too, and ends this process.
+def _killed(process: BaseProcess) -> UserError:
+    process.join()
+    return UserError(
+        f"a process that prepares data was killed (status {process.exitcode}), most likely for "
+        "want of memory; run the same command again to go on, with fewer workers."
+    )
+
+
+def _main(pipe: Connection, work: Work) -> None:
+    """What a process does, until it is ended."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        while (task := pipe.recv()) is not None:
-            index, piece = task
+        recipe = pickle.loads(work.recipe.read_bytes())
+        while True:
+            index, piece = pipe.recv()
             pipe.send((index, work.finish_piece(index, piece, recipe, pipe.send)))
     except (EOFError, BrokenPipeError):
         pass

@@ -55,6 +55,11 @@ class Work:
         return self.directory / "data"
 
     @property
+    def recipe(self) -> Path:
+        """Where the processes of this host find what to do."""
+        return self._unfinished / "recipe"
+
+    @property
     def _unfinished(self) -> Path:
         return self.directory / f"unfinished-{socket.gethostname()}"
 
