@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,23 @@ def test_two_at_once(lines: Path, tmp_path: Path) -> None:
             with pytest.raises(UserError, match="set: another process prepares it; wait until"):
                 second.run()
     assert one.run().is_dir()
+
+
+def test_two_runs_with_one_cache_wait_for_each_other(
+    lines: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, cache = ByteTokenizer(), tmp_path / "cache"
+    one = Preparation(Content(str(lines)), ByteTokenizer(), 16, cache=cache)
+    with ThreadPoolExecutor(1) as threads:
+        with working(one.directory, one.identity.digest, wait=True) as work:
+            second = threads.submit(prepare, one.content, tokenizer, 16, cache=cache)
+            told = ""
+            while "another process prepares it; waiting" not in told:
+                told += capfd.readouterr().err
+            one._finish(work, one._make(work))
+        assert second.result(timeout=60) == one.directory
+    assert tokenizer.calls == 0
+    assert [path.name for path in cache.iterdir()] == [one.directory.name]
 
 
 def test_unfinished_shards_of_other_options_are_reported(

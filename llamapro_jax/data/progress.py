@@ -28,9 +28,10 @@ class Display:
         self._began = self._shown = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
             self._bar = Progress(
-                *columns,
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
                 TextColumn("{task.fields[figures]}"),
                 console=Console(stderr=True),
                 transient=True,

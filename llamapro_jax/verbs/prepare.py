@@ -74,6 +74,7 @@ def preparations(config: PrepareConfig) -> list[Preparation]:
 def print_table(planned: list[Preparation]) -> None:
     """What was made of each source, and the lines for a run's configuration."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="prepared", title_justify="left")
@@ -82,7 +83,7 @@ def print_table(planned: list[Preparation]) -> None:
     ):
         table.add_column(column, justify="left" if i in (0, 7) else "right", overflow="fold")
     for one in planned:
-        table.add_row(*figures(one))
+        table.add_row(*map(escape, figures(one)))
     console = Console()
     # A file or a pipe has no width of its own: nothing may wrap there.
     (console if console.is_terminal else Console(width=200)).print(table)
