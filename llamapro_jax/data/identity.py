@@ -72,11 +72,11 @@ def identify(
     pieces: int,
 ) -> Identity:
     """Reads all files, with several threads. tokenizer, template: their fingerprints."""
-    named = content.kind in ("tfds", "datasets")
+    fieldless, splitless = ("code", "chat"), ("text", "code")
     options = {
         "kind": content.kind,
-        "field": content.field if named or content.kind == "text" else _DEFAULTS["field"],
-        "split": content.split if named else _DEFAULTS["split"],
+        "field": _DEFAULTS["field"] if content.kind in fieldless else content.field,
+        "split": _DEFAULTS["split"] if content.kind in splitless else content.split,
         "template": template,
         "held_out": held_out,
         "pieces": pieces,

@@ -24,7 +24,9 @@ class PrepareSourceConfig:
     path: str = option("As for a source of a run; a TFDS data set has text in it.")
     kind: Kind = option("As for a source of a run.", "text")
     field: str = option("As for a source of a run.", DEFAULT_FIELD)
-    split: str = option("The split to read of `tfds` and `datasets`; others have none.", "train")
+    split: str = option(
+        "The split to read of a TFDS or Hugging Face data set; files have none.", "train"
+    )
     template: str = option("As for a source of a run.", DEFAULT_TEMPLATE)
     held_out: float = option(
         "Share of the documents that go to the split `validation`, by a hash of their content.", 0.0
@@ -37,7 +39,7 @@ class PrepareSourceConfig:
 
     def problems(self) -> Problems:
         yield from content_problems(self)
-        if self.split != "train" and self.kind not in ("tfds", "datasets"):
+        if self.split != "train" and self.kind in ("text", "code"):
             yield (
                 "split",
                 f"is {self.split!r}, which kind {self.kind!r} does not read; remove it.",
