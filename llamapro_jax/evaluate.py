@@ -32,9 +32,9 @@ from llamapro_jax.comparison import (
     scaled,
 )
 from llamapro_jax.config import load_config
+from llamapro_jax.data.documents import Content, texts
 from llamapro_jax.data.packing import pack
 from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
-from llamapro_jax.data.text import read_documents, text_files
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import Segment
 from llamapro_jax.hf.tokenizer import Tokenizer
@@ -78,10 +78,10 @@ def read_text(
 ) -> Text:
     """The first `max_rows` rows of the text at `path`, documents in order, packed as for training.
 
-    Raises UserError as `data.text` does, and for a text that is empty.
+    Raises UserError as `documents.texts` does, and for a text that is empty.
     """
     text = Text(name)
-    documents = (one for file in text_files(path) for one in read_documents(file))
+    documents = texts(Content(str(path)))
 
     def encoded() -> Iterator[list[int]]:
         while group := list(islice(documents, DOCUMENTS_AT_ONCE)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llamapro_jax.config import save_config
-from llamapro_jax.data.text import read_documents
+from llamapro_jax.data.documents import Content, texts
 from llamapro_jax.evaluate import read_text
 from llamapro_jax.files import read_json, write_json
 from llamapro_jax.hf.tokenizer import load_tokenizer, train_tokenizer
@@ -66,7 +66,7 @@ def quickstart(out: Path, settings: Settings) -> bool:
 def make_base(walk: Walk, places: Places, settings: Settings) -> None:
     """Steps 1 to 4: the checkpoint from which a user's own path starts."""
 
-    def texts() -> Sequence[str]:
+    def corpus() -> Sequence[str]:
         paths = write_corpus(places.out / "texts", held_out_share=settings.held_out)
         sizes = {name: path.stat().st_size / 1e6 for name, path in paths.items()}
         for name in RUNS:
@@ -81,12 +81,12 @@ def make_base(walk: Walk, places: Places, settings: Settings) -> None:
         "English prose and Python code, from the standard library of this Python",
         f"python: llamapro_jax.quickstart.corpus.write_corpus({str(places.out / 'texts')!r})",
         [*(places.text(name) for name in FILES), *(places.config(name) for name in RUNS)],
-        texts,
+        corpus,
     )
 
     def random_model() -> Sequence[str]:
         walk.remove([places.model("random"), places.model("tokenizer")])
-        documents = read_documents(places.text("base_train"))
+        documents = texts(Content(os.fspath(places.text("base_train"))))
         tokenizer = train_tokenizer(documents, settings.vocabulary, places.model("tokenizer"))
         count = write_random_model(
             settings.model_config(), tokenizer.source, places.model("random"), settings.seed

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from llamapro_jax.data.text import read_documents, text_files
+from llamapro_jax.data.documents import Content, input_files, texts
 from llamapro_jax.errors import UserError
 
 
@@ -13,6 +14,14 @@ def write(path: Path, data: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return path
+
+
+def text_files(path: Path) -> list[Path]:
+    return input_files(Content(str(path)))
+
+
+def read_documents(file: Path) -> Iterator[str]:
+    return texts(Content(str(file)))
 
 
 def test_a_directory_is_read_below_and_sorted_by_path(tmp_path: Path) -> None:
@@ -29,10 +38,10 @@ def test_a_text_file_is_one_document_as_it_is(tmp_path: Path) -> None:
 
 
 def test_jsonl_is_one_document_a_line(tmp_path: Path) -> None:
-    texts = ["one\ntwo", "line separator \u2028 inside", "é"]
-    lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in texts]
+    wanted = ["one\ntwo", "line separator \u2028 inside", "é"]
+    lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in wanted]
     file = write(tmp_path / "a.jsonl", "\n\n".join([*lines, '{"text": ""}']))
-    assert list(read_documents(file)) == texts
+    assert list(read_documents(file)) == wanted
 
 
 def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
