@@ -199,7 +199,8 @@ def test_the_tokenizer_is_the_one_of_the_data(
     named = show.describe(path, tokenizer=str(tokenizer.source))
     assert named["rows"][1]["segments"][0]["spans"][1]["text"] == "document 1"
     other = train_tokenizer(["something else, and more of it; " * 50], 300, tmp_path / "other")
-    record = {"tokenizer": tokenizer.fingerprint}
+    counts = ("documents", "bytes", "tokens", "targets", "largest_token")
+    record = {"fingerprint": "0", "tokenizer": tokenizer.fingerprint, **dict.fromkeys(counts, 0)}
     known = str(write_set(tmp_path / "known", rows, tokenizer, record))
     with pytest.raises(UserError, match=f"prepared with tokenizer {tokenizer.fingerprint[:12]}"):
         show.describe(known, tokenizer=str(other.source))
