@@ -313,3 +313,17 @@ def test_grain_takes_the_rows_as_a_source(foreign: Path) -> None:
     rows = open_rows(foreign, sequence_length=6, vocab_size=100)
     shuffled = grain.MapDataset.source(rows).shuffle(seed=1)
     assert sorted(row["tokens"][0] for row in shuffled) == list(range(10))
+
+
+def test_counts_are_those_of_the_split(tmp_path: Path, foreign: Path) -> None:
+    """Bits per byte of a held-out split follow from its own documents."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in range(1, 60)))
+    prepared = prepare(
+        Content(str(file)), ByteTokenizer(), 16, target=tmp_path / "set", held_out=0.3
+    )
+    splits = ("train", "validation", "validation[:50%]")
+    sets = [open_rows(prepared, sequence_length=16, vocab_size=258, split=s) for s in splits]
+    train, held_out, part = (rows.counts["documents"] for rows in sets)
+    assert train + held_out == 59 and part == held_out < train
+    assert open_rows(foreign, sequence_length=6, vocab_size=100).counts is None

@@ -54,6 +54,14 @@ class Rows:
         self._records = records
         self._columns = columns
 
+    @property
+    def counts(self) -> dict[str, Any] | None:
+        """What `fingerprint` counts of the split, or of all where it does not tell them apart."""
+        if self.fingerprint is None:
+            return None
+        splits = self.fingerprint.get("splits", {})
+        return splits.get(self.split.partition("[")[0], self.fingerprint)
+
     def __len__(self) -> int:
         return len(self._records)
 

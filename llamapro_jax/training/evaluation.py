@@ -53,19 +53,19 @@ def held_out_loss(
             # The device always has the next batch, and never a queue of many.
             collect(keep=1)
     collect(keep=0)
-    return _figures(totals["nll"], int(totals["tokens"]), rows.fingerprint)
+    return _figures(totals["nll"], int(totals["tokens"]), rows.counts)
 
 
-def _figures(nll: float, tokens: int, fingerprint: Mapping[str, Any] | None) -> dict[str, float]:
+def _figures(nll: float, tokens: int, counts: Mapping[str, Any] | None) -> dict[str, float]:
     loss = nll / tokens if tokens else math.nan
     figures: dict[str, float] = {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "tokens": tokens,
     }
-    if fingerprint is not None and fingerprint["bytes"]:
+    if counts is not None and counts["bytes"]:
         # The loss stands also for the tokens that the cuts between rows leave unpredicted, and
         # that of a part of the text for the whole. The first token of a document is given.
-        tokens_a_byte = (fingerprint["tokens"] - fingerprint["documents"]) / fingerprint["bytes"]
+        tokens_a_byte = (counts["tokens"] - counts["documents"]) / counts["bytes"]
         figures["bits_per_byte"] = loss / math.log(2) * tokens_a_byte
     return figures
