@@ -10,9 +10,9 @@ from pathlib import Path
 from llamapro_jax.config import EvalSourceConfig, RunConfig, SourceConfig
 from llamapro_jax.data.chat import ChatTemplate
 from llamapro_jax.data.dataset import Rows, content_of, open_rows, open_source, prepared_template
-from llamapro_jax.data.documents import pieces
 from llamapro_jax.data.mixture import Mixture, exact, parts
-from llamapro_jax.data.prepare import fingerprint
+from llamapro_jax.data.preparation.prepare import fingerprint
+from llamapro_jax.data.readers.documents import pieces
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import Tokenizer
 
