@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, ModuleType
 
-from llamapro_jax import __version__
+from llamapro_jax import __version__, exit_codes
 from llamapro_jax.errors import UserError, nearest
 
 VERBS = (
@@ -84,7 +84,7 @@ class _Terminated(SystemExit):
 def _terminate(number: int, frame: FrameType | None) -> None:
     # `timeout` and others send it twice; the second one must not cut the clearing up short.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated(128 + number)
+    raise _Terminated(exit_codes.TERMINATED)
 
 
 @contextmanager
@@ -106,11 +106,7 @@ def _described(error: OSError) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit status.
-
-    That is 0, 1 when a check failed, 2 for bad input and for what the system refuses (a full disk,
-    a permission), 130 and 143 after SIGINT and SIGTERM. `train` has its own for the two signals.
-    """
+    """Runs one verb. Returns the exit status, one of `llamapro_jax.exit_codes`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # The libraries log to standard error at import; a user asked for none of it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -118,20 +114,20 @@ def main(arguments: list[str] | None = None) -> int:
     if verb is not None and verb not in VERBS:
         message = f"unknown verb {verb!r}.{nearest(verb, VERBS)} Known: {', '.join(VERBS)}."
         print(f"error: {message}", file=sys.stderr)
-        return 2
+        return exit_codes.REFUSED
     parsed = build_parser().parse_args(arguments)
     try:
         with _termination_raises():
-            return verb_module(parsed.verb).run(parsed) or 0
+            return verb_module(parsed.verb).run(parsed) or exit_codes.DONE
     except (UserError, OSError) as error:
         if parsed.debug:
             raise
         message = _described(error) if isinstance(error, OSError) else error
         print(f"error: {message}", file=sys.stderr)
-        return 2
+        return exit_codes.status_of(error)
     except (KeyboardInterrupt, _Terminated) as stopped:
         print("stopped", file=sys.stderr)
-        return 143 if isinstance(stopped, _Terminated) else 130
+        return exit_codes.status_of(stopped)
 
 
 if __name__ == "__main__":

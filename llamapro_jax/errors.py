@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from llamapro_jax import exit_codes
+
 
 class UserError(Exception):
     """A problem with the input. The message names the thing, its value and the mend.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with `status`.
     """
+
+    status = exit_codes.REFUSED
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro_jax.errors import UserError
+from llamapro_jax.exit_codes import status_of
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -271,16 +272,6 @@ def is_first() -> bool:
     return _state().client is None or _state().process_id == 0
 
 
-def _status(error: BaseException) -> int:
-    """What the process exits with, as `llamapro_jax.cli` has it."""
-    if isinstance(error, UserError | OSError):
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    code = getattr(error, "status", getattr(error, "code", 1))
-    return code if isinstance(code, int) else 1
-
-
 def _described(error: BaseException) -> str:
     return str(error) if isinstance(error, Exception) or hasattr(error, "status") else "stopped"
 
@@ -300,7 +291,7 @@ def _end(watch: _Watch, error: BaseException) -> None:
     told = {
         "process": _state().process_id,
         "host": socket.gethostname(),
-        "status": _status(error),
+        "status": status_of(error),
         "message": _described(error) if expected else traceback.format_exception_only(error)[-1],
     }
     with suppress(Exception):  # another was first
@@ -308,7 +299,7 @@ def _end(watch: _Watch, error: BaseException) -> None:
     _leave()
     watch.join()
     if not (first and expected):
-        raise SystemExit(_status(error)) from None
+        raise SystemExit(status_of(error)) from None
 
 
 def _leave() -> None:

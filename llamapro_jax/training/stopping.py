@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llamapro_jax import exit_codes
 from llamapro_jax.launch.processes import settled
 
-# What launchers read: 42 says "preempted and saved, start again"; 130 is a shell's Ctrl-C.
-STATUS = {signal.SIGTERM: 42, signal.SIGINT: 130}
+STATUS = {signal.SIGTERM: exit_codes.PREEMPTED, signal.SIGINT: exit_codes.INTERRUPTED}
 
 
 class Stopped(BaseException):
