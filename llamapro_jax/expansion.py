@@ -191,7 +191,7 @@ class ExpansionPlan:
                 for insertions in value["generations"]
             )
             return ExpansionPlan(int(value["base_blocks"]), generations)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{where}: the expansion plan is malformed ({type(error).__name__}: {error}); "
                 "it needs base_blocks and generations with after and copied_from."

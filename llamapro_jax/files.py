@@ -18,6 +18,8 @@ from llamapro_jax.errors import UserError
 
 # A writer has its lock long before its temporary directory is this old (in seconds).
 _UNLOCKED_AGE = 60
+# A tokenizer.json of 250,000 tokens has 35 MB; nothing else comes near.
+LARGEST_JSON = 2**28
 
 
 def require_new_directory(path: Path) -> None:
@@ -105,16 +107,43 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON in `path`. Raises UserError with the file, and the line when it is malformed."""
+    """The JSON in `path`. Raises UserError with the file, and the line when it is malformed.
+
+    Malformed are also a key with two values, of which readers take one or the other, nesting that
+    no reader follows, and a file beyond `LARGEST_JSON`.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise UserError(
+                f"{path}: is larger than {LARGEST_JSON:,} bytes, which no such file is; fetch it "
+                "again."
+            )
+        return parse_json(content.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}).") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: is not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise UserError(f"{path}: is JSON that cannot be read ({error}).") from None
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, but ValueError for a key that an object has with two values."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        for key, value in pairs:
+            if values[key] != value:
+                raise ValueError(f"the key {key!r} is there twice, with different values")
+    return values
 
 
 def check_format(description: Any, expected: Mapping[str, Any], path: Path) -> None:

@@ -141,11 +141,19 @@ def _open_zarr(path: Path) -> Any:
         "fill_missing_data_reads": False,
     }
     try:
-        return tensorstore.open(spec, open=True, read=True).result()
+        array = tensorstore.open(spec, open=True, read=True).result()
     except ValueError as error:
         raise UserError(
             f"{path}: cannot be read ({_first_line(error)}); the checkpoint is damaged."
         ) from None
+    # A whole chunk is decoded at a time, however little of it the array has.
+    chunk = array.chunk_layout.read_chunk.shape
+    if any(c > max(s, 1) for c, s in zip(chunk, array.shape, strict=True)):
+        raise UserError(
+            f"{path}: has chunks of {list(chunk)}, which is more than its shape "
+            f"{list(array.shape)}; the checkpoint is damaged."
+        )
+    return array
 
 
 def check_shapes(arrays: StackedArrays, config: ModelConfig, plan: ExpansionPlan) -> None:

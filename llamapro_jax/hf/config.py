@@ -8,6 +8,7 @@ Source: transformers, `configuration_llama.py` and `configuration_mistral.py`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,25 @@ from typing import Any
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.files import read_json
+from llamapro_jax.hf.hub import check_links
 from llamapro_jax.model.config import ARCHITECTURES, ModelConfig, RopeScaling
 
 log = logging.getLogger(__name__)
 
 PLAN_KEY = "llamapro"
+
+# Beyond any model that there is. What is larger would only be noticed when memory runs out.
+LARGEST = {
+    "num_hidden_layers": 2**12,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
 
 # What transformers documents for a key that config.json leaves out. None: from other keys.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -69,13 +84,22 @@ class _Reader:
 
 def checked(value: Any, kind: type, key: str, where: str) -> Any:
     """`value` as `kind`. Raises UserError that names the file, the key and the value."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{where}: {key} is {value!r}; it must be {kind.__name__}.")
-    if kind in (int, float) and value <= 0:
-        raise UserError(f"{where}: {key} is {value!r}; it must be positive.")
+        raise UserError(f"{where}: {key} is {_short(value)}; it must be {kind.__name__}.")
+    if kind in (int, float) and not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} is {_short(value)}; it must be positive.")
+    largest = LARGEST.get(key, 2**63)
+    if kind is int and value > largest:
+        raise UserError(f"{where}: {key} is {_short(value)}; the largest supported is {largest}.")
     return value
+
+
+def _short(value: Any) -> str:
+    """A value for a message, however long its author made it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def parse(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -84,7 +108,7 @@ def parse(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     reader = _Reader(values, where, architecture)
     activation = reader.get("hidden_act", str)
     if activation not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act is {activation!r}; supported: 'silu'.")
+        raise UserError(f"{where}: hidden_act is {_short(activation)}; supported: 'silu'.")
     hidden_size = reader.get("hidden_size", int)
     num_heads = reader.get("num_attention_heads", int)
     num_kv_heads = reader.get("num_key_value_heads", int) or num_heads
@@ -136,11 +160,11 @@ def _architecture(values: Mapping[str, Any], where: str) -> Any:
     named = values.get("architectures")
     if not isinstance(named, list) or len(named) != 1:
         raise UserError(
-            f"{where}: architectures is {named!r}; it must name one of: {supported}."
+            f"{where}: architectures is {_short(named)}; it must name one of: {supported}."
         )
     if named[0] not in ARCHITECTURES:
         raise UserError(
-            f"{where}: architecture {named[0]!r} is not supported; supported: {supported}."
+            f"{where}: architecture {_short(named[0])} is not supported; supported: {supported}."
         )
     if values.get("quantization_config"):
         raise UserError(
@@ -157,7 +181,9 @@ def _rope(
     both = values.get("rope_parameters") or {}
     scaling = both or values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"{where}: the rope parameters are {scaling!r}; they must be a mapping.")
+        raise UserError(
+            f"{where}: the rope parameters are {_short(scaling)}; they must be a mapping."
+        )
     if "rope_theta" in both:
         theta = checked(both["rope_theta"], float, "rope_parameters.rope_theta", where)
     else:
@@ -168,7 +194,7 @@ def _rope(
 
     def number(key: str, type_: type = float) -> Any:
         if key not in scaling:
-            raise UserError(f"{where}: rope type {kind!r} needs {key!r}.")
+            raise UserError(f"{where}: rope type {_short(kind)} needs {key!r}.")
         return checked(scaling[key], type_, f"rope {key}", where)
 
     if kind == "linear":
@@ -182,7 +208,7 @@ def _rope(
             number("original_max_position_embeddings", int),
         )
     raise UserError(
-        f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3."
+        f"{where}: rope type {_short(kind)} is not supported; supported: default, linear, llama3."
     )
 
 
@@ -201,6 +227,7 @@ def parse_plan(values: Mapping[str, Any], config: ModelConfig, where: str) -> Ex
 
 def read_config(directory: Path) -> tuple[dict[str, Any], ModelConfig, ExpansionPlan]:
     """config.json of a directory: its raw keys, the architecture, the plan."""
+    check_links(directory)
     path = directory / "config.json"
     values = read_json(path)
     if not isinstance(values, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from llamapro_jax.errors import UserError
@@ -12,6 +13,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Not *.safetensors: Mistral's repositories hold the same weights again, consolidated.
 PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 BIN_PATTERNS = ["pytorch_model*.bin"]
+# Named by what is in it: SHA-1 as Git takes it, or SHA-256 of a file that Git LFS keeps.
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 TOKENIZER_PATTERNS = ["*token*.json", "config.json", "tokenizer.model", "*.jinja"]
 
 
@@ -23,12 +26,51 @@ def resolve(path: str, allow_bin: bool = False, patterns: Sequence[str] = PATTER
     """
     local = Path(path).expanduser()
     if local.is_dir():
+        check_links(local)
         return local
     if local.exists():
         raise UserError(f"{path}: is a file; name the directory of a model.")
     if path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
         raise UserError(f"{path}: no such directory (and no hub id like org/name@revision).")
     return _download(path, [*patterns, *(BIN_PATTERNS if allow_bin else ())])
+
+
+def check_links(directory: Path) -> None:
+    """Raises UserError when a file that a model is made of is a link out of `directory`.
+
+    Who unpacks an archive or mounts a bucket of somebody else's would otherwise hand on, with the
+    next export, whatever file of the own machine the link names.
+    """
+    wanted = (*PATTERNS, *BIN_PATTERNS)
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if any(fnmatch(entry.name, pattern) for pattern in wanted):
+            check_link(directory, entry)
+
+
+def check_link(directory: Path, file: Path) -> None:
+    """Raises UserError when `file` is a link that leads out of `directory`.
+
+    A link to a blob of a hub cache is allowed: that is what all files of a snapshot are.
+    """
+    if not file.is_symlink():
+        return
+    target = file.resolve()
+    if target.is_relative_to(directory.resolve()) or is_blob(target):
+        return
+    raise UserError(
+        f"{file}: is a link to {target}, outside of {directory}; put the file itself there, or "
+        "name the directory it lies in."
+    )
+
+
+def is_blob(path: Path) -> bool:
+    """Whether `path` is laid out as the hub's cache lays out the content of its files."""
+    above = path.parent
+    return bool(
+        BLOB.fullmatch(path.name)
+        and above.name == "blobs"
+        and above.parent.name.startswith(("models--", "datasets--", "spaces--"))
+    )
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:

@@ -1,12 +1,14 @@
 """safetensors files of a Hugging Face directory, read and written a tensor at a time.
 
-Reading memory-maps; writing streams, so that a shard is never whole in memory.
+Reading memory-maps; writing streams, so that a shard is never whole in memory. A header is whatever
+its author wrote: all of it is checked before a tensor is mapped.
 Source of the format: huggingface/safetensors, README.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,10 @@ from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.files import read_json, write_json
+from llamapro_jax.files import parse_json, read_json, write_json
+from llamapro_jax.hf.hub import check_link
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -31,6 +33,10 @@ INDEX = "model.safetensors.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 
+# Of a model with 9,000 tensors it is 1 MB. JSON takes up to thirty times as much as an object.
+LARGEST_HEADER = 2**23
+_MOST_DIMENSIONS = 8
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -41,6 +47,10 @@ class Stored:
     dtype: np.dtype
     offset: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Weights(Protocol):
     """Named tensors of a directory, whichever the file format."""
@@ -50,32 +60,51 @@ class Weights(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def shard_files(directory: Path, single: str, index: str) -> dict[str, list[str] | None]:
+def listed_files(directory: Path, single: str, index: str) -> dict[str, list[str] | None]:
     """File name -> the tensors that the index says it has (None without an index).
 
-    Raises UserError when a file is missing or its name leaves the directory.
+    Raises UserError when the index is malformed or a name in it leaves the directory.
     """
-    if (directory / index).is_file():
-        path = directory / index
-        weight_map = read_json(path)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{path}: has no weight_map.")
-        files: dict[str, list[str] | None] = {}
-        for tensor, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                raise UserError(f"{path}: {tensor} is in {file!r}; it must be a plain file name.")
-            names = files.setdefault(file, [])
-            assert names is not None
-            names.append(tensor)
-    else:
-        files = {single: None}
-    for file in files:
-        if not (directory / file).is_file():
+    path = directory / index
+    if not path.is_file():
+        return {single: None}
+    check_link(directory, path)
+    weight_map = read_json(path)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: has no weight_map.")
+    files: dict[str, list[str] | None] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain(file):
             raise UserError(
-                f"{directory / file}: no such file, though the checkpoint needs it; "
-                "fetch it again or restore it."
+                f"{path}: {tensor} is in {str(file)[:100]!r}; it must be a plain file name."
             )
+        names = files.setdefault(file, [])
+        assert names is not None
+        names.append(tensor)
+    return files
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of the directory itself, on any system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")
+
+
+def check_shard(directory: Path, file: str) -> None:
+    """Raises UserError unless the file is there, and in `directory`."""
+    if not (directory / file).is_file():
+        raise UserError(
+            f"{directory / file}: no such file, though the checkpoint needs it; "
+            "fetch it again or restore it."
+        )
+    check_link(directory, directory / file)
+
+
+def shard_files(directory: Path, single: str, index: str) -> dict[str, list[str] | None]:
+    """As `listed_files`. Raises UserError also for a file that `check_shard` refuses."""
+    files = listed_files(directory, single, index)
+    for file in files:
+        check_shard(directory, file)
     return files
 
 
@@ -88,43 +117,87 @@ class SafetensorsReader:
             self._add(directory / file, expected)
 
     def _add(self, path: Path, expected: Sequence[str] | None) -> None:
-        try:
-            # Opening it checks the header: lengths, offsets, and that the file is as long as that.
-            with safe_open(path, framework="numpy"):
-                header, start = _read_header(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); the file is damaged or truncated, "
-                "fetch it again."
-            ) from None
-        for name, tensor in header.items():
+        header = read_header(path)
+        for name, stored in header.items():
             if name in self.tensors:
                 raise UserError(f"{path}: tensor {name} is also in {self.tensors[name].file}.")
-            if tensor["dtype"] not in DTYPES:
-                raise UserError(
-                    f"{path}: tensor {name} has dtype {tensor['dtype']}; "
-                    f"supported: {', '.join(DTYPES)}."
-                )
-            dtype, offset = DTYPES[tensor["dtype"]], start + tensor["data_offsets"][0]
-            self.tensors[name] = Stored(path, tuple(tensor["shape"]), dtype, offset)
+            self.tensors[name] = stored
         for name in expected or ():
             if name not in header:
                 raise UserError(f"{path}: has no tensor {name}, though {INDEX} says so.")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as the file has it, mapped into memory and not writable."""
-        stored = self.tensors[name]
-        mapped = np.memmap(stored.file, stored.dtype, "r", stored.offset, stored.shape)
-        return mapped.view(np.ndarray)
+        return read_stored(self.tensors[name])
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says about its tensors, and where their bytes start."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+def read_stored(stored: Stored) -> np.ndarray:
+    """The tensor as its safetensors file has it, mapped into memory and not writable."""
+    if 0 in stored.shape:  # nothing to map
+        return np.empty(stored.shape, stored.dtype)
+    mapped = np.memmap(stored.file, stored.dtype, "r", stored.offset, stored.shape)
+    return mapped.view(np.ndarray)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file. Raises UserError unless they fill the file exactly.
+
+    That is: shapes and dtypes say how long each tensor is, each begins where the one before it
+    ends, and the last ends with the file. No memory is taken but for the header.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise ValueError(f"its header would be {length:,} bytes long")
+            header = parse_json(file.read(length).decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
     header.pop("__metadata__", None)
-    return header, 8 + length
+    stored = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            raise _damaged(path, f"{name} begins at byte {tensor.offset:,}, not at {end:,}")
+        end += tensor.nbytes
+    if end != size:
+        raise _damaged(path, f"it has {size:,} bytes, and its tensors end at {end:,}")
+    return stored
+
+
+def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
+    """One entry of a header, its offsets counted from `start`, with the shape and dtype checked."""
+    entry = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(code, str) or code not in DTYPES:
+        raise UserError(
+            f"{path}: tensor {name} has dtype {code if isinstance(code, str) else 'none'}; "
+            f"supported: {', '.join(DTYPES)}."
+        )
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise _damaged(path, f"{name} has no shape")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"{name} has no data_offsets")
+    stored = Stored(path, tuple(shape), DTYPES[code], start + offsets[0])
+    if stored.nbytes != offsets[1] - offsets[0]:
+        raise _damaged(
+            path,
+            f"{name} of shape {shape} in {code} has {stored.nbytes:,} bytes, "
+            f"its data_offsets {offsets[1] - offsets[0]:,}",
+        )
+    return stored
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path}: cannot be read ({why[:200]}); the file is damaged or truncated, fetch it again."
+    )
 
 
 class BinReader:
