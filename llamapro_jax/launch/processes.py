@@ -385,17 +385,22 @@ def from_first(action: Callable[[], Any]) -> Any:
             return json.loads(_get(key, 1))
 
 
-def everywhere(holds: bool) -> bool:
-    """Whether it holds on all processes. All call this in the same order as `from_first`."""
+def from_all(value: Any) -> list[Any]:
+    """What each process gives, by process: JSON values. All call this in the same order."""
     if count() == 1:
-        return holds
+        return [value]
     key = f"llamapro/{next(_names)}"
-    _state().client.key_value_set(f"{key}/{_state().process_id}", json.dumps(holds))
+    _state().client.key_value_set(f"{key}/{_state().process_id}", json.dumps(value))
 
-    def gathered() -> bool:
-        return all([json.loads(_get(f"{key}/{i}", START_TIMEOUT)) for i in range(count())])
+    def gathered() -> list[Any]:
+        return [json.loads(_get(f"{key}/{i}", START_TIMEOUT)) for i in range(count())]
 
     return from_first(gathered)
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on all processes. All call this in the same order as `from_first`."""
+    return all(from_all(holds))
 
 
 def settled(results: Any) -> Any:
