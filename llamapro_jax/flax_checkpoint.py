@@ -147,7 +147,7 @@ def _open_zarr(path: Path) -> Any:
             f"{path}: cannot be read ({_first_line(error)}); the checkpoint is damaged."
         ) from None
     # A whole chunk is decoded at a time, however little of it the array has.
-    chunk = array.chunk_layout.read_chunk.shape
+    chunk = array.chunk_layout.read_chunk.shape or ()  # None of a scalar
     if any(c > max(s, 1) for c, s in zip(chunk, array.shape, strict=True)):
         raise UserError(
             f"{path}: has chunks of {list(chunk)}, which is more than its shape "
