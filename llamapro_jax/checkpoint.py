@@ -1,14 +1,11 @@
-"""Checkpoints of a run: what trains, the optimizer's state and the step, kept by Orbax.
+"""Checkpoints of a run: what trains, the optimizer's state and the step, written by Orbax.
 
-```
-checkpoints/<step>/trainable   a directory a leaf ("new.1.q"), one chunk a block
-                   optimizer   likewise
-                   meta        JSON: step, model_digest, checksums, ...
-                   commit_success.txt   written last; a step without it does not exist
-```
-The one module that knows of Orbax's `CheckpointManager`. A save runs in the background while
-training goes on. Orbax restores flipped bits, other dtypes and missing leaves without a word, so
-that paths, shapes and dtypes are compared before a restore, and checksums after it.
+The one module that knows of Orbax's `CheckpointManager`; `checkpoint_files` says what lies on disk.
+A save runs in the background while training goes on. One that fails is reported at once and does
+not end the run; two in a row do. Steps are read without Orbax, which restores flipped bits, other
+dtypes and missing leaves without a word, and whose processes wait for each other when one fails:
+paths, shapes and dtypes are compared before, checksums after, and a step that does not pass is set
+aside for the one before it.
 """
 
 from __future__ import annotations
@@ -16,59 +13,108 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from llamapro_jax.checkpoint_files import (
+    COMMIT_FILE,
+    ITEMS,
+    META,
+    OPTIMIZER,
+    TRAINABLE,
+    Damaged,
+    committed_steps,
+    first_line,
+    missing_file,
+    read_leaf,
+    read_meta,
+    remove_leftovers,
+    sealed,
+    set_aside,
+    steps_set_aside,
+    stored_arrays,
+    wrong_checksum,
+)
 from llamapro_jax.checksum import checksums
 from llamapro_jax.errors import UserError
-from llamapro_jax.flax_checkpoint import StackedArrays
-from llamapro_jax.launch.processes import is_first
+from llamapro_jax.exit_codes import CHECKPOINT_LOST
+from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_all, from_first, is_first
 from llamapro_jax.training.state import leaf_path
-
-TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
-COMMIT_FILE = "commit_success.txt"
 
 # A block of a stack is a chunk of its own, so that one can be read without the others. Orbax
 # warns of chunks below 1 MiB, which many files make slow.
 _SMALLEST_CHUNK = 2**20
 
-# What Orbax says about every save without OCDBT, which is what this module asks for.
-_EXPECTED_WARNING = "Skipping merge of OCDBT checkpoints"
+# What Orbax says about every save without OCDBT, which is what this module asks for, and about a
+# save that failed, of which this module tells itself.
+_EXPECTED = (
+    "Skipping merge of OCDBT checkpoints",
+    "Save Finalize thread",
+    "in background save thread",
+    "_SignalingThread.run() raised an exception",
+)
+
+# How many steps there are at least while a run goes on, whatever `training.keep` says: the newest
+# may turn out to be damaged.
+_ALWAYS_KEPT = 2
+_FAILURES_IN_A_ROW = 2
+
+Report = Callable[[int, str], None]
 
 
-def committed_steps(directory: str | Path) -> list[int]:
-    """The steps in `checkpoints/` that were saved to their end, in order."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    found = [entry for entry in directory.iterdir() if entry.name.isdecimal()]
-    return sorted(int(entry.name) for entry in found if (entry / COMMIT_FILE).is_file())
+class CheckpointLost(UserError):
+    """A run had checkpoints, and none of them can be trusted."""
+
+    status = CHECKPOINT_LOST
+
+
+# ------------------------------------------------------------------- saving
 
 
 class Checkpoints:
-    """Saves and restores steps in `directory`, the newest `keep` of them. A context manager.
+    """Saves steps in `directory` and keeps the newest `keep` of them. A context manager.
 
-    What an earlier process left half-saved is removed first. All processes of a run make one, in
-    the same directory, and call `save` and `restore` together: each writes and reads its parts.
+    All processes of a run make one in the same directory, and call its methods together: each
+    writes its parts. What earlier processes left half-saved is removed first.
+
+    failed: told the step and the reason, on the first process, as soon as a save has failed; from
+    another thread than the caller's when that was in the background.
     """
 
-    def __init__(self, directory: str | Path, keep: int) -> None:
+    def __init__(
+        self, directory: str | Path, keep: int, failed: Report = lambda step, reason: None
+    ) -> None:
         self.directory = Path(directory).absolute()
-        if is_first():
-            _remove_uncommitted(self.directory)
+        # The step last saved to its end, by this object, as far as `wait` and `save` have seen.
+        self.saved: int | None = None
+        self._keep, self._failed = keep, failed
+        self._under_way: _Save | None = None
+        self._failures: list[int] = []
+        self._deleting: list[threading.Thread] = []
         logging.getLogger("absl").addFilter(_not_expected)
+        from_first(lambda: remove_leftovers(self.directory))
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            cleanup_tmp_directories=True,
+            # Steps are deleted here, when the next one is known to be whole.
+            preservation_policy=ocp.checkpoint_managers.LatestN(None),
             # With renames alone, an empty directory of a step counts as the latest one.
             atomicity_options=ocp.options.AtomicityOptions(
                 mode=ocp.options.AtomicityMode.COMMIT_FILE
             ),
+            # Damage in the steps that are there is no matter of the manager's.
+            lightweight_initialize=True,
         )
         handlers = {
             # Without OCDBT each leaf is a zarr directory that other readers open row by row.
@@ -76,9 +122,7 @@ class Checkpoints:
             OPTIMIZER: ocp.PyTreeCheckpointHandler(use_ocdbt=False),
             META: ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
-        )
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest step that was saved to its end."""
@@ -87,25 +131,66 @@ class Checkpoints:
     def save(self, step: int, trainable: Any, optimizer: Any, meta: Mapping[str, Any]) -> None:
         """Begins to save; the arrays may be used up (donated) as soon as this returns.
 
-        Raises UserError when this or the save before it cannot be written.
+        Waits for the save before it. Raises UserError when that and the one before it failed, or
+        that one failed and there is no room for this one.
         """
-        sums = {TRAINABLE: checksums(trainable), OPTIMIZER: checksums(optimizer)}
+        self.wait()
+        trees = {TRAINABLE: trainable, OPTIMIZER: optimizer}
+        no_room = from_first(lambda: self._no_room(trees))
+        if no_room is not None:
+            self._report(step, no_room)
+            self._count_failure(step, no_room)
+            return
+        meta = sealed({**meta, "step": step, "leaves": _described(trees)})
         arguments = ocp.args.Composite(
             trainable=ocp.args.PyTreeSave(trainable, save_args=_save_args(trainable)),
             optimizer=ocp.args.PyTreeSave(optimizer, save_args=_save_args(optimizer)),
-            meta=ocp.args.JsonSave({**meta, "step": step, "checksums": sums}),
+            meta=ocp.args.JsonSave(meta),
         )
-        with self._writing():
-            self._manager.save(step, args=arguments)
+        self._under_way = _Save(step, partial(self._report, step))
+        self._under_way.begin(
+            lambda: self._manager.save(step, args=arguments, force=True),
+            self._manager.wait_until_finished,
+        )
 
-    def wait(self) -> None:
-        """Returns when every save is on disk. Raises UserError when one cannot be written."""
-        with self._writing():
-            self._manager.wait_until_finished()
+    def wait(self) -> bool:
+        """Returns when no save is under way: whether the last one is on disk, if there was one.
+
+        Raises UserError when it failed and the one before it had.
+        """
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return not self._failures
+        directory = self.directory / str(save.step)
+        mine = save.end()
+        reason = _first_of_all(mine) or from_first(lambda: _not_written(directory))
+        if reason is None:
+            self.saved, self._failures = save.step, []
+            from_first(lambda: self._delete_old(max(self._keep, _ALWAYS_KEPT)))
+            return True
+        if mine is None:
+            self._report(save.step, reason)
+        # Orbax does not get over a failed save: its part of the disk, and the memory of it, go.
+        from_first(lambda: shutil.rmtree(directory, ignore_errors=True))
+        with suppress(Exception):
+            self._manager.close()
+        self._manager = self._new_manager()
+        self._count_failure(save.step, reason)
+        return False
+
+    def finish(self) -> None:
+        """At the end of a run, when its last step is on disk: all but the newest `keep` go."""
+        self.wait()
+        from_first(lambda: self._delete_old(self._keep))
 
     def close(self) -> None:
-        with self._writing():
+        """Waits for what is under way. Raises UserError as `wait`."""
+        try:
+            self.wait()
+        finally:
             self._manager.close()
+            for thread in self._deleting:
+                thread.join()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -117,62 +202,87 @@ class Checkpoints:
             if kind is None:  # else the exception under way says more
                 raise
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _no_room(self, trees: Any) -> str | None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        free = shutil.disk_usage(self.directory).free
+        if free >= needed:
+            return None
+        return f"it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+
+    def _report(self, step: int, reason: str) -> None:
+        if is_first():
+            self._failed(step, reason)
+
+    def _count_failure(self, step: int, reason: str) -> None:
+        self._failures.append(step)
+        if len(self._failures) < _FAILURES_IN_A_ROW:
+            return
+        steps = " and ".join(map(str, self._failures))
+        latest = from_first(self.latest)
+        again = "starts anew" if latest is None else f"goes on from step {latest}"
+        raise UserError(
+            f"{self.directory}: the checkpoints of steps {steps} could not be written ({reason}). "
+            f"Make room or mend the disk; the same command then {again}."
+        )
+
+    def _delete_old(self, keep: int) -> None:
+        for step in committed_steps(self.directory)[:-keep]:
+            trash = self.directory / f".deleted-{step}"
+            try:
+                (self.directory / str(step)).rename(trash)
+            except OSError:  # it stays until there is no room for another
+                continue
+            thread = threading.Thread(target=shutil.rmtree, args=(trash, True), name="delete")
+            thread.start()
+            self._deleting.append(thread)
+        self._deleting = [thread for thread in self._deleting if thread.is_alive()]
+
+
+class _Save:
+    """A save and the thread that waits for it, so that its failure is known when it happens."""
+
+    def __init__(self, step: int, report: Callable[[str], None]) -> None:
+        self.step = step
+        self._report = report
+        self._reason: str | None = None
+        self._thread = threading.Thread(target=lambda: None)
+
+    def begin(self, action: Callable[[], Any], wait: Callable[[], None]) -> None:
+        self._attempt(action)
+        if self._reason is None:
+            self._thread = threading.Thread(target=self._attempt, args=(wait,), name="save")
+            self._thread.start()
+
+    def end(self) -> str | None:
+        """When it has ended: why it failed, None when it did not, as far as this process knows."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._reason
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
         try:
-            yield
+            action()
         except Exception as error:  # Orbax and TensorStore raise many types
-            latest = self.latest()
-            again = "starts anew" if latest is None else f"goes on from step {latest}"
-            raise UserError(
-                f"{self.directory}: a checkpoint could not be written ({_first_line(error)}). "
-                f"Make room or mend the disk; the same command then {again}."
-            ) from error
-
-    def restore(self, step: int, trainable: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """(trainable, optimizer, meta) of a step.
-
-        trainable, optimizer: trees of arrays or of `jax.ShapeDtypeStruct` with shardings, as they
-        are to come back. Raises UserError that names the step's directory and the leaf when the
-        checkpoint is of something else or is damaged.
-        """
-        directory = self.directory / str(step)
-        wanted = {TRAINABLE: abstract(trainable), OPTIMIZER: abstract(optimizer)}
-        with _reading(directory):
-            stored = {item: self._stored(step, item) for item in wanted}
-        for item, tree in wanted.items():
-            _compare(directory / item, stored[item], _leaves(tree))
-        with _reading(directory):
-            arguments = {
-                item: ocp.args.PyTreeRestore(
-                    tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-                )
-                for item, tree in wanted.items()
-            }
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
-            )
-            meta = dict(restored[META])
-            sums = {item: dict(meta["checksums"][item]) for item in wanted}
-        for item, tree in wanted.items():
-            _check_restored(directory / item, restored[item], tree, sums[item])
-        return restored[TRAINABLE], restored[OPTIMIZER], meta
-
-    def _stored(self, step: int, item: str) -> dict[str, Any]:
-        tree = self._manager.item_metadata(step)[item].tree
-        return _leaves(tree)
+            self._reason = first_line(error)
+            self._report(self._reason)
 
 
 def _not_expected(record: logging.LogRecord) -> bool:
-    return _EXPECTED_WARNING not in record.getMessage()
+    return not any(part in record.getMessage() for part in _EXPECTED)
 
 
-def _remove_uncommitted(directory: Path) -> None:
-    """Orbax passes over a step without its commit file, but leaves it lying."""
-    if directory.is_dir():
-        for entry in directory.iterdir():
-            if entry.name.isdecimal() and not (entry / COMMIT_FILE).is_file():
-                shutil.rmtree(entry)
+def _not_written(step: Path) -> str | None:
+    if not (step / COMMIT_FILE).is_file():
+        return "it was not written to its end"
+    deadline = time.monotonic() + (SEEN_WITHIN if count() > 1 else 0)
+    while (missing := missing_file(step)) is not None and time.monotonic() < deadline:
+        time.sleep(0.5)  # what the other hosts wrote shows after some seconds
+    return missing
+
+
+def _first_of_all(reason: str | None) -> str | None:
+    """The reason of the first process that has one."""
+    return next((given for given in from_all(reason) if given is not None), None)
 
 
 def _save_args(tree: Any) -> Any:
@@ -185,76 +295,163 @@ def _save_args(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays, as `Checkpoints.restore` takes them."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-    )
+def _described(trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, dtype and checksum of every leaf, by item and path."""
+    sums = {item: checksums(tree) for item, tree in trees.items()}
+    return {
+        item: {
+            path: {
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype.name,
+                "checksum": sums[item][path],
+            }
+            for path, leaf in _leaves(tree).items()
+        }
+        for item, tree in trees.items()
+    }
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+# ------------------------------------------------------------------- restoring
 
 
-@contextmanager
-def _reading(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # damage shows as KeyError, AttributeError, JSONDecodeError, ...
-        reason = _unreadable_leaf(directory) or _first_line(error)
-        raise UserError(_damaged(directory, reason)) from None
+@dataclass(frozen=True)
+class Restored:
+    """A step as it was saved."""
+
+    step: int
+    trainable: Any
+    optimizer: Any
+    meta: Mapping[str, Any]
 
 
-def _unreadable_leaf(directory: Path) -> str | None:
-    """The first leaf that cannot be read, since Orbax does not say which one it was."""
-    for item in (TRAINABLE, OPTIMIZER):
-        arrays = StackedArrays(directory / item)
-        for leaf in sorted(file.parent.name for file in (directory / item).glob("*/.zarray")):
-            try:
-                arrays.read(leaf)
-            except Exception as error:
-                return f"{item} {leaf}: {_first_line(error)}"
-    return None
-
-
-def _damaged(directory: Path, reason: str) -> str:
-    return (
-        f"{directory}: the checkpoint is damaged ({reason}). Remove this directory; training then "
-        "goes on from the step saved before it, or starts anew when there is none."
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays, as `restore_newest` takes them."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
     )
 
 
-def _compare(where: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Orbax would cast, pad or leave a placeholder where these differ."""
-    for path in sorted(set(stored) | set(wanted)):
-        if path not in stored:
+def check_not_lost(directory: str | Path) -> None:
+    """Raises CheckpointLost when steps were set aside and none is left."""
+    directory = Path(directory)
+    aside = steps_set_aside(directory)
+    if aside and not committed_steps(directory):
+        raise CheckpointLost(
+            f"{directory}: no checkpoint is left that can be trusted; set aside: "
+            f"{', '.join(aside)}. Put back a copy of one under its number, or remove this "
+            "directory to begin anew."
+        )
+
+
+def restore_newest(
+    directory: str | Path, trainable: Any, optimizer: Any, aside: Report = lambda step, reason: None
+) -> Restored | None:
+    """The newest step that passes its checks; None where no step was ever saved.
+
+    All processes of a run call this together, and get the same step. trainable, optimizer: trees
+    of `jax.ShapeDtypeStruct` with shardings, as they are to come back. aside: told, on every
+    process, of each step that did not pass: it is renamed, and nothing of it was used.
+
+    Raises UserError when a step is whole, but another run's, and CheckpointLost when none is left.
+    """
+    directory = Path(directory).absolute()
+    wanted = {TRAINABLE: trainable, OPTIMIZER: optimizer}
+    while True:
+        steps = from_first(lambda: committed_steps(directory))
+        if not steps:
+            from_first(lambda: check_not_lost(directory))
+            return None
+        restored, problem = _restore(directory / str(steps[-1]), wanted)
+        if problem is None:
+            return restored
+        del restored
+        from_first(partial(set_aside, directory, steps[-1]))
+        aside(steps[-1], problem)
+
+
+def _restore(step: Path, wanted: Mapping[str, Any]) -> tuple[Restored | None, str | None]:
+    """The step, or what is wrong with it. No process goes on before all could read their parts."""
+    trees, meta, problem = {}, {}, None
+    _wait_until_seen(step / COMMIT_FILE)
+    try:
+        meta = read_meta(step)
+        for item in ITEMS:
+            _compare(step / item, meta["leaves"][item], _leaves(wanted[item]))
+        trees = {item: _read(step, item, meta["leaves"][item], wanted[item]) for item in ITEMS}
+    except Damaged as error:
+        problem = error.reason
+    problem = _first_of_all(problem)
+    if problem is None:
+        found = {item: checksums(trees[item]) for item in ITEMS}
+        wrong = [
+            wrong_checksum(item, leaf)
+            for item in ITEMS
+            for leaf, saved in meta["leaves"][item].items()
+            if found[item][leaf] != saved["checksum"]
+        ]
+        problem = _first_of_all(wrong[0] if wrong else None)
+    if problem is not None:
+        return None, problem
+    for item in ITEMS:
+        _check_placed(trees[item], wanted[item])
+    return Restored(meta["step"], trees[TRAINABLE], trees[OPTIMIZER], meta), None
+
+
+def _wait_until_seen(file: Path) -> None:
+    """Network file systems show a new file after some seconds."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{file}: process 0 sees it and this process does not; the run's directory must be "
+                "on a file system that all hosts share."
+            )
+        time.sleep(0.2)
+
+
+def _compare(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Nothing is cast, padded or left out where these differ."""
+    for path in sorted(set(saved) | set(wanted)):
+        if path not in saved:
             raise UserError(f"{where}: has no {path}, which this run trains; it is another run's.")
         if path not in wanted:
             raise UserError(f"{where}: has {path}, which this run lacks; it is another run's.")
-        for what in ("shape", "dtype"):
-            old, new = getattr(stored[path], what), getattr(wanted[path], what)
-            if old != new:
+        new = {"shape": list(wanted[path].shape), "dtype": wanted[path].dtype.name}
+        for what, value in new.items():
+            if saved[path][what] != value:
                 raise UserError(
-                    f"{where}: {path} has {what} {old}, this run's has {new}; it is another run's."
+                    f"{where}: {path} has {what} {saved[path][what]}, this run's has {value}; it "
+                    "is another run's."
                 )
 
 
-def _check_restored(where: Path, tree: Any, wanted: Any, sums: Mapping[str, int]) -> None:
-    restored, asked = _leaves(tree), _leaves(wanted)
-    for path, leaf in asked.items():
-        got = restored.get(path)
-        if not isinstance(got, jax.Array) or (got.shape, got.dtype) != (leaf.shape, leaf.dtype):
-            raise UserError(_damaged(where.parent, f"{where.name} {path} did not come back whole"))
-        if got.sharding != leaf.sharding:
-            raise AssertionError(f"{path} came back as {got.sharding}, not {leaf.sharding}")
-    found = checksums(tree)
-    for path, value in found.items():
-        if sums.get(path) != value:
-            raise UserError(
-                _damaged(where.parent, f"the checksum of {where.name} {path} is not that saved")
+def _read(step: Path, item: str, saved: Mapping[str, Any], wanted: Any) -> Any:
+    """The tree, of which each process reads what its devices need."""
+    arrays = stored_arrays(step, item, saved)
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = tuple(
+                (piece.start or 0, size if piece.stop is None else piece.stop)
+                for piece, size in zip(index, leaf.shape, strict=True)
             )
+            if bounds not in parts:  # devices with the same part share one reading
+                parts[bounds] = read_leaf(arrays, leaf_path(path), None, bounds or None)
+            return parts[bounds]
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+    return jax.tree_util.tree_map_with_path(one, wanted)
+
+
+def _check_placed(tree: Any, wanted: Any) -> None:
+    for path, leaf in _leaves(wanted).items():
+        found = _leaves(tree)[path]
+        if (found.shape, found.dtype, found.sharding) != (leaf.shape, leaf.dtype, leaf.sharding):
+            raise AssertionError(f"{path} came back as {found.sharding}, not {leaf.sharding}")

@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import resource
 import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,11 +19,21 @@ import numpy as np
 import optax
 import pytest
 
+from llamapro_jax import checkpoint
 from llamapro_jax.checkpoint import (
-    COMMIT_FILE,
+    CheckpointLost,
     Checkpoints,
+    Restored,
     abstract,
+    check_not_lost,
+    restore_newest,
+)
+from llamapro_jax.checkpoint_files import (
+    COMMIT_FILE,
     committed_steps,
+    read_meta,
+    steps_set_aside,
+    verify_step,
 )
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays
@@ -50,11 +67,13 @@ def save(directory: Path, *steps: int, keep: int = 5) -> tuple[Any, Any]:
     return tree, optimizer_state(tree)
 
 
-def restore(directory: Path, step: int, tree: Any = None, state: Any = None) -> Any:
+def restore(directory: Path, tree: Any = None, state: Any = None) -> Restored:
+    """The newest step, whatever was set aside for it."""
     tree = trainable() if tree is None else tree
-    with Checkpoints(directory, 5) as checkpoints:
-        wanted = abstract((tree, optimizer_state(tree) if state is None else state))
-        return checkpoints.restore(step, *wanted)
+    wanted = abstract((tree, optimizer_state(tree) if state is None else state))
+    restored = restore_newest(directory, *wanted)
+    assert restored is not None
+    return restored
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -66,10 +85,12 @@ def assert_same(one: Any, other: Any) -> None:
 
 def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
     tree, state = save(tmp_path, 3, 7)
-    again, state_again, meta = restore(tmp_path, 7)
-    assert_same(again, tree)
-    assert_same(state_again, state)
-    assert (meta["step"], meta["note"]) == (7, "step 7")
+    again = restore(tmp_path)
+    assert again.step == 7
+    assert_same(again.trainable, tree)
+    assert_same(again.optimizer, state)
+    assert (again.meta["step"], again.meta["note"]) == (7, "step 7")
+    assert verify_step(tmp_path / "7") == []
 
 
 def test_a_save_survives_the_donation_of_what_it_saves(tmp_path: Path) -> None:
@@ -80,16 +101,40 @@ def test_a_save_survives_the_donation_of_what_it_saves(tmp_path: Path) -> None:
         checkpoints.save(1, tree, {"count": jnp.ones(())}, {})
         for _ in range(5):
             tree = step(tree)
-    again, _, _ = restore(tmp_path, 1, state={"count": jnp.ones(())})
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(wanted), strict=True):
+    again = restore(tmp_path, state={"count": jnp.ones(())})
+    for a, b in zip(jax.tree.leaves(again.trainable), jax.tree.leaves(wanted), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3, 4, keep=2)
-    assert committed_steps(tmp_path) == [3, 4]
-    with Checkpoints(tmp_path, 2) as checkpoints:
-        assert checkpoints.latest() == 4
+    save(tmp_path, 1, 2, 3, 4, keep=3)
+    assert committed_steps(tmp_path) == [2, 3, 4]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "3", "4"]
+
+
+def test_two_are_kept_until_a_run_ends_whatever_is_asked_for(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, keep=1)
+    assert committed_steps(tmp_path) == [2, 3]
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        tree = trainable()
+        checkpoints.save(4, tree, optimizer_state(tree), {})
+        checkpoints.finish()
+        assert committed_steps(tmp_path) == [4]
+
+
+def test_an_older_step_goes_only_for_one_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, 2, keep=2)
+    tree, failed = trainable(), []
+    with Checkpoints(tmp_path, 2, lambda *told: failed.append(told)) as checkpoints:
+        checkpoints.save(3, tree, optimizer_state(tree), {})
+        while not (tmp_path / "3" / COMMIT_FILE).exists():
+            time.sleep(0.01)
+        next((tmp_path / "3/trainable/new.1.q").glob("0*")).unlink()
+        assert not checkpoints.wait()
+    assert failed == [(3, "trainable new.1.q: has 3 of 4 files")]
+    assert committed_steps(tmp_path) == [1, 2]
 
 
 def test_a_block_can_be_read_alone(tmp_path: Path) -> None:
@@ -117,11 +162,10 @@ def test_a_step_that_was_not_saved_to_its_end_does_not_exist(tmp_path: Path, lef
         (tmp_path / "9").mkdir()
     assert committed_steps(tmp_path) == [3]
     with Checkpoints(tmp_path, 2) as checkpoints:
-        assert checkpoints.latest() == 3
         assert not (tmp_path / "9").exists()
         checkpoints.save(9, tree, optimizer_state(tree), {})
     assert committed_steps(tmp_path) == [3, 9]
-    assert_same(restore(tmp_path, 9)[0], tree)
+    assert_same(restore(tmp_path).trainable, tree)
 
 
 def other(**leaves: Any) -> dict[str, Any]:
@@ -133,7 +177,7 @@ def other(**leaves: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (other(norm=jnp.zeros((2, 2, 4))), r"new\.1\.norm has shape \(2, 2, 3\).*\(2, 2, 4\)"),
+        (other(norm=jnp.zeros((2, 2, 4))), r"new\.1\.norm has shape \[2, 2, 3\].*\[2, 2, 4\]"),
         (other(norm=jnp.zeros((2, 2, 3), jnp.bfloat16)), r"new\.1\.norm has dtype float32"),
         (other(k=jnp.zeros((2, 2, 3))), r"has no new\.1\.k, which this run trains"),
         (other(norm=None), r"has new\.1\.norm, which this run lacks"),
@@ -142,19 +186,21 @@ def other(**leaves: Any) -> dict[str, Any]:
 def test_another_tree_is_refused(tmp_path: Path, tree: Any, message: str) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match=message):
-        restore(tmp_path, 1, tree)
+        restore(tmp_path, tree)
+    assert committed_steps(tmp_path) == [1]
 
 
 def test_another_optimizer_state_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match=r"optimizer: has inner_states.*which this run lacks"):
-        restore(tmp_path, 1, state={"momentum": jnp.zeros(3)})
+        restore(tmp_path, state={"momentum": jnp.zeros(3)})
 
 
+# ------------------------------------------------------------------- damage
 
 
-def uncompressed_flip(step: Path) -> None:
-    """Another value, stored properly: what a flipped bit in memory or on disk comes to."""
+def other_value(step: Path) -> None:
+    """Stored properly: what a flipped bit in memory comes to."""
     import tensorstore
 
     leaf = step / "trainable" / "new.1.norm"
@@ -163,45 +209,217 @@ def uncompressed_flip(step: Path) -> None:
     array[0, 0, 0].write(np.float32(array[0, 0, 0].read().result() + 1e-6)).result()
 
 
-DAMAGE = {
-    "a leaf cut short": lambda step: truncate(next((step / "trainable/new.1.q").glob("0*"))),
-    "a leaf gone": lambda step: next((step / "trainable/new.1.q").glob("0*")).unlink(),
-    "a leaf's directory gone": lambda step: shutil.rmtree(step / "trainable/new.1.norm"),
-    "an item gone": lambda step: shutil.rmtree(step / "optimizer"),
-    "the tree's record": lambda step: truncate(step / "trainable/_METADATA"),
-    "the meta item": lambda step: truncate(step / "meta/metadata"),
-    "a value": uncompressed_flip,
-}
+def edited(step: Path, **values: Any) -> None:
+    file = step / "meta/metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+# Each kind of file that is read.
+FILES = {
+    "a chunk": ("trainable/new.1.q/0.1.0.0", r"trainable new\.1\.q"),
+    "a small chunk": ("trainable/new.1.norm/0.0.0", r"trainable new\.1\.norm"),
+    "the optimizer's": ("optimizer/inner_states.train.inner_state.1.0.count/0", r"0\.count"),
+    "an array's description": ("trainable/new.1.q/.zarray", r"trainable new\.1\.q"),
+    "the meta item": ("meta/metadata", "meta/metadata"),
+}
+DAMAGE = {
+    f"{name}: {action.__name__}": (lambda step, f=file, do=action: do(step / f), message)
+    for name, (file, message) in FILES.items()
+    for action in (truncate, zero, flip, Path.unlink)
+} | {
+    "a leaf gone": (lambda step: shutil.rmtree(step / "trainable/new.1.norm"), r"new\.1\.norm"),
+    "an item gone": (lambda step: shutil.rmtree(step / "optimizer"), "optimizer inner_states"),
+    "the meta item gone": (lambda step: shutil.rmtree(step / "meta"), "meta/metadata"),
+    "another value": (other_value, r"trainable new\.1\.norm: its checksum is not that saved"),
+    "another time": (lambda step: edited(step, note="other"), "its digest is not that saved"),
+    "another step": (
+        lambda step: shutil.copytree(step.parent / "1/meta", step / "meta", dirs_exist_ok=True),
+        "is that of step 1",
+    ),
+}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damage_is_found_and_the_step_named(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    do, message = DAMAGE[damage]
     save(tmp_path, 1, 2)
-    DAMAGE[damage](tmp_path / "2")
-    with pytest.raises(UserError, match=rf"{tmp_path}/2: .*is damaged.*Remove this dir") as raised:
-        restore(tmp_path, 2)
-    if damage in ("a leaf cut short", "a value"):
-        assert "trainable new.1." in str(raised.value)
-    restore(tmp_path, 1)
-    shutil.rmtree(tmp_path / "2")  # the mend that the message names
-    with Checkpoints(tmp_path, 5) as checkpoints:
-        assert checkpoints.latest() == 1
+    do(tmp_path / "2")
+    assert any(re.search(message, line) for line in verify_step(tmp_path / "2"))
+    told: list[tuple[int, str]] = []
+    wanted = abstract((trainable(), optimizer_state(trainable())))
+    restored = restore_newest(tmp_path, *wanted, lambda *aside: told.append(aside))
+    assert restored is not None and restored.step == 1
+    assert_same(restored.trainable, trainable(1))
+    [(step, reason)] = told
+    assert step == 2 and re.search(message, reason)
+    assert (committed_steps(tmp_path), steps_set_aside(tmp_path)) == ([1], ["2.damaged"])
+    # It does not stand in the way of the same step saved again, nor is it lost by that.
+    tree = trainable(2)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(2, tree, optimizer_state(tree), {})
+    assert steps_set_aside(tmp_path) == ["2.damaged"]
+    assert restore(tmp_path).step == 2
 
 
-def test_a_save_that_cannot_be_written_is_an_error_that_says_so(
+# What Orbax writes beside the arrays is of no use to a restore, and so of no harm.
+UNREAD = ("_CHECKPOINT_METADATA", "trainable/_METADATA", "trainable/_sharding")
+
+
+@pytest.mark.parametrize("file", UNREAD)
+def test_damage_to_what_is_not_read_is_without_effect(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 1)
+    zero(tmp_path / "1" / file)
+    assert_same(restore(tmp_path).trainable, trainable(1))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(2, trainable(2), optimizer_state(trainable(2)), {})
+    assert committed_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_when_no_step_is_left_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+    wanted = abstract((trainable(), optimizer_state(trainable())))
+    assert restore_newest(tmp_path, *wanted) is None
+    check_not_lost(tmp_path)
+    save(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        flip(tmp_path / step / "trainable/new.1.norm/0.0.0")
+    for attempt in (partial(restore_newest, tmp_path, *wanted), partial(check_not_lost, tmp_path)):
+        with pytest.raises(CheckpointLost, match=r"set aside: 1\.damaged, 2\.damaged") as lost:
+            attempt()
+        assert lost.value.status == 44
+    # The mend that the message names.
+    flip(tmp_path / "2.damaged/trainable/new.1.norm/0.0.0")
+    (tmp_path / "2.damaged").rename(tmp_path / "2")
+    assert restore(tmp_path).step == 2
+
+
+def test_leftovers_of_dead_saves_and_deletions_go(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for name in (".deleted-0", "trainable.orbax-checkpoint-tmp-7", "9", "3.damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".deleted-0" / COMMIT_FILE).touch()
+    with Checkpoints(tmp_path, 2):
+        pass
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "3.damaged"]
+
+
+# ------------------------------------------------------------------- saves that fail
+
+
+class Disk:
+    """A disk on which files longer than `limit` bytes cannot be written."""
+
+    def __init__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(self, size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, self.before[1]))
+
+    def mend(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    handler = signal.getsignal(signal.SIGXFSZ)
+    disk = Disk()
+    yield disk
+    disk.mend()
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_failed_save_is_told_at_once_and_the_next_one_succeeds(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree, state = save(tmp_path, 1, 2)
+    failed: list[tuple[int, str]] = []
+    with Checkpoints(tmp_path, 2, lambda *told: failed.append(told)) as checkpoints:
+        disk.limit(2**20)
+        checkpoints.save(3, tree, state, {})
+        wait_for(lambda: failed)  # nobody asked
+        disk.mend()
+        assert failed[0][0] == 3 and "new.1.q" in failed[0][1]
+        assert not checkpoints.wait() and checkpoints.saved is None
+        assert committed_steps(tmp_path) == [1, 2] and not (tmp_path / "3").exists()
+        checkpoints.save(4, trainable(4), optimizer_state(trainable(4)), {})
+        assert checkpoints.wait() and checkpoints.saved == 4
+        # One more is again the first.
+        disk.limit(2**20)
+        checkpoints.save(5, tree, state, {})
+        assert not checkpoints.wait()
+        disk.mend()
+    assert committed_steps(tmp_path) == [2, 4] and len(failed) == 2
+    assert_same(restore(tmp_path).trainable, trainable(4))
+    assert not [r.getMessage() for r in caplog.records if r.name == "absl"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_save_that_fails_twice_ends_the_run(tmp_path: Path, disk: Disk) -> None:
+    tree, state = save(tmp_path, 1)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        disk.limit(2**20)
+        checkpoints.save(2, tree, state, {})
+        checkpoints.save(3, tree, state, {})
+        with pytest.raises(UserError, match="steps 2 and 3 could not be.*goes on from step 1"):
+            checkpoints.wait()
+        disk.mend()
+    assert committed_steps(tmp_path) == [1]
+
+
+def test_room_is_looked_for_ahead_of_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree, state = save(tmp_path, 1)
+    bytes_needed = sum(leaf.nbytes for leaf in jax.tree.leaves((tree, state)))
+    free = [bytes_needed - 1, bytes_needed, 0, 0]
+    usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=free.pop(0)))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage.disk_usage)
+    failed: list[tuple[int, str]] = []
+    with Checkpoints(tmp_path, 2, lambda *told: failed.append(told)) as checkpoints:
+        checkpoints.save(2, tree, state, {})
+        assert failed == [(2, "it takes 0.0189 GB, and 0.0189 GB are free")]
+        checkpoints.save(3, tree, state, {})
+        assert checkpoints.wait()
+        checkpoints.save(4, tree, state, {})
+        with pytest.raises(UserError, match=r"steps 4 and 5 .*it takes .* GB, and 0 GB are free"):
+            checkpoints.save(5, tree, state, {})
+    assert committed_steps(tmp_path) == [1, 3]
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    with Checkpoints(tmp_path, 2) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "save", full)
-        with pytest.raises(UserError, match="could not be written.*No space.*from step 1"):
-            checkpoints.save(2, tree, state, {})
+def test_a_step_of_an_earlier_format_is_refused_not_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "1/meta/metadata").write_text('{"step": 1, "checksums": {}}')
+    with pytest.raises(UserError, match="was saved by an earlier version"):
+        restore(tmp_path)
+    assert committed_steps(tmp_path) == [1]
+
+
+def test_meta_has_what_every_leaf_was(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    leaves = read_meta(tmp_path / "1")["leaves"]
+    assert leaves["trainable"]["new.1.norm"]["shape"] == [2, 2, 3]
+    assert {leaf["dtype"] for leaf in leaves["optimizer"].values()} == {"float32", "int32"}

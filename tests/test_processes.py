@@ -20,7 +20,7 @@ from devices import Devices, fixture
 from runs import assert_same_run, log_lines, overrides, settings, write_model, write_texts
 from steps import PLANS, begin, expanded_params, model_config, random_batch, run_config
 
-from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.launch import local
 from llamapro_jax.launch.processes import free_port

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from runs import (
     write_texts,
 )
 
-from llamapro_jax import cli
-from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax import checkpoint, cli
+from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.config import save_config
 from llamapro_jax.errors import UserError
 from llamapro_jax.expand import expand
@@ -34,6 +35,7 @@ from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
 from llamapro_jax.training import loop
+from llamapro_jax.training.events import read_events
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_directory import RunRecord, open_run
 from llamapro_jax.training.stopping import Stopped
@@ -271,6 +273,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 import os, pathlib, signal, time
 from llamapro_jax.config import load_config
 from llamapro_jax.metrics import MetricsWriter
+from llamapro_jax.training.events import read_events
 from llamapro_jax.training.loop import train
 write = MetricsWriter.write
 def patched(self, kind, step, **values):
@@ -434,6 +437,7 @@ def test_two_processes_do_not_train_in_one_directory(
 import signal
 from llamapro_jax.config import load_config
 from llamapro_jax.metrics import MetricsWriter
+from llamapro_jax.training.events import read_events
 from llamapro_jax.training.loop import train
 def write(self, *_, **__):
     print("training", flush=True)
@@ -466,19 +470,88 @@ def test_eval_batches_limits_an_evaluation(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_refused_and_the_mend_works(
-    work: Path, undisturbed: Path, tmp_path: Path
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_with_the_same_bits(
+    work: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     (run / "summary.json").unlink()
     for file in (run / "checkpoints/8/trainable/new.1.q").glob("0*"):
         file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(UserError, match=r"checkpoints/8: .*damaged.*Remove this directory"):
-        train(config_of(work, run))
-    shutil.rmtree(run / "checkpoints/8")
     train(config_of(work, run))
     assert_same_run(run, undisturbed, 8)
+    said = capsys.readouterr().out
+    warning = r"WARNING: .*checkpoints: step 8 is damaged and was set aside \(trainable new\.1\.q"
+    assert re.search(warning, said) and "going on from step 4" in said
+    assert "steps set aside: [8], see events.jsonl" in said
+    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["4", "8", "8.damaged"]
+    assert json.loads((run / "summary.json").read_text())["steps_set_aside"] == [8]
+    [event] = read_events(run)
+    assert event["event"] == "step set aside" and "new.1.q" in event["reason"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_whose_checkpoints_are_all_damaged_ends_with_44(
+    work: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "summary.json").unlink()
+    for step in (4, 8):
+        (run / f"checkpoints/{step}/meta/metadata").unlink()
+    log = (run / "metrics.jsonl").read_bytes()
+    save_config(config_of(work, run), tmp_path / "config.yaml")
+    for _ in range(2):
+        assert cli.main(["train", str(tmp_path / "config.yaml")]) == 44
+        assert "no checkpoint is left that can be trusted" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == log
+
+
+def test_frozen_weights_that_change_are_found_before_they_are_saved(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flipped(run: Any, metrics: Any) -> None:
+        if run.step == 4:
+            norm = run.frozen["final_norm"]
+            run.frozen = {**run.frozen, "final_norm": norm.at[0].set(norm[0] * 1.0000002)}
+        save(run, metrics)
+
+    save = loop._save
+    monkeypatch.setattr(loop, "_save", flipped)
+    with pytest.raises(RuntimeError, match="frozen weights changed while training: final_norm"):
+        train(config_of(work, tmp_path / "run", training__save_every=2))
+    assert committed_steps(tmp_path / "run/checkpoints") == [2]
+
+
+def test_a_failed_save_does_not_end_a_run(
+    work: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def room(path: Path) -> Any:
+        usage = disk_usage(path)
+        return usage if (path / "4").exists() or next(asked) else usage._replace(free=0)
+
+    asked, disk_usage = iter((False, True)), shutil.disk_usage
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", room)
+    train(config_of(work, tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert re.search("WARNING: .*step 4 could not be saved .*0 GB are free", said)
+    assert committed_steps(tmp_path / "run/checkpoints") == [8]
+    assert_same_run(tmp_path / "run", undisturbed, 8)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["saves_failed"] == [4]
+
+
+def test_the_last_save_is_tried_once_more_and_then_ends_the_run(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="checkpoints of steps 2 and 2 could not be written"):
+        train(config_of(work, tmp_path / "run", **SHORT))
+    assert [event["step"] for event in read_events(tmp_path / "run")] == [2, 2]
 
 
 # ------------------------------------------------------------------- the command

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from runs import digests, run_config, text, write_model, write_texts
 from test_data_dataset import tokens_feature, write_foreign
 
-from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.data import dataset
 from llamapro_jax.data.chat import LLAMA_PRO, ChatTemplate, messages_of
 from llamapro_jax.data.dataset import open_rows

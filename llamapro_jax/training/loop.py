@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llamapro_jax.checkpoint import Checkpoints, abstract
+from llamapro_jax.checkpoint import Checkpoints, abstract, restore_newest
 from llamapro_jax.checksum import checksums
 from llamapro_jax.compilation_cache import enabled as compilation_cache
 from llamapro_jax.config import RunConfig, validate
@@ -43,6 +43,13 @@ from llamapro_jax.sharding import replicated
 from llamapro_jax.training.abstract import abstract_arguments
 from llamapro_jax.training.batches import place_batch
 from llamapro_jax.training.evaluation import held_out_loss
+from llamapro_jax.training.events import (
+    EVENTS_FILE,
+    SAVE_FAILED,
+    SET_ASIDE,
+    read_events,
+    record_event,
+)
 from llamapro_jax.training.fit import Fitted, device_memory, resolve
 from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
@@ -111,11 +118,16 @@ class _Progress:
     compiled_step: Any = None
     step: int = 0
     began: float = field(default_factory=time.monotonic)
-    saved: int | None = None
     waiting: Any = None
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.began
+
+    @property
+    def saved(self) -> int | None:
+        """The newest step on disk, as far as it is known."""
+        saved = self.checkpoints.saved
+        return self.setup.resume_step if saved is None else saved
 
 
 def _run(setup: Setup, stop: StopSignals) -> None:
@@ -127,8 +139,15 @@ def _run(setup: Setup, stop: StopSignals) -> None:
     fitted = _fitted(setup)
     setup = replace(setup, config=fitted.run)
     setup, state, frozen, optimizer = _load(setup)
+    seconds = 0.0
+    if setup.resume_step is not None:
+        wanted = abstract((state.trainable, state.opt_state))
+        del state  # or there would be two in memory
+        setup, state, seconds = _restore(setup, *wanted)
     with (
-        Checkpoints(setup.directory / CHECKPOINTS, config.training.keep) as checkpoints,
+        Checkpoints(
+            setup.directory / CHECKPOINTS, config.training.keep, partial(_save_failed, setup)
+        ) as checkpoints,
         MetricsWriter(
             setup.directory,
             resume_step=setup.resume_step,
@@ -143,11 +162,7 @@ def _run(setup: Setup, stop: StopSignals) -> None:
         ) as display,
         full_precision(jnp.dtype(dtype)),
     ):
-        seconds = 0.0
         if setup.resume_step is not None:
-            wanted = abstract((state.trainable, state.opt_state))
-            del state  # or there would be two in memory
-            state, seconds = _restore(checkpoints, setup, *wanted)
             display.message(f"{setup.directory}: going on from step {setup.resume_step}")
         run = _Progress(
             setup=setup,
@@ -168,15 +183,15 @@ def _run(setup: Setup, stop: StopSignals) -> None:
             ),
             compiled_step=fitted.compiled,
             step=setup.resume_step or 0,
-            saved=setup.resume_step,
         )
         del state, frozen
         _evaluate_if_due(run)
         _stop_if_asked(run)
         if run.step < config.training.steps:
             _take_steps(run)
-        checkpoints.wait()
+        _have_saved(run)
         _finish(run)
+        checkpoints.finish()
 
 
 def _fitted(setup: Setup) -> Fitted:
@@ -231,21 +246,29 @@ def _differing(before: Any, after: Any) -> list[str]:
     return sorted(name for name in names if before.get(name) != after.get(name))
 
 
-def _restore(
-    checkpoints: Checkpoints, setup: Setup, trainable: Any, optimizer: Any
-) -> tuple[TrainState, float]:
-    """The state that the run goes on from, and the seconds that it took to get there."""
-    assert setup.resume_step is not None
-    trainable, optimizer, meta = checkpoints.restore(setup.resume_step, trainable, optimizer)
-    if meta["model_digest"] != setup.record.model_digest:
+def _restore(setup: Setup, trainable: Any, optimizer: Any) -> tuple[Setup, TrainState, float]:
+    """What the run goes on from, and the seconds that it took to get there.
+
+    That is the newest step that is whole, which may be an older one than `setup` names.
+    """
+    where = setup.directory / CHECKPOINTS
+
+    def aside(step: int, reason: str) -> None:
+        _say(f"WARNING: {where}: step {step} is damaged and was set aside ({reason})")
+        record_event(setup.directory, SET_ASIDE, step, reason=reason)
+
+    restored = restore_newest(where, trainable, optimizer, aside)
+    assert restored is not None
+    if restored.meta["model_digest"] != setup.record.model_digest:
         raise UserError(
-            f"{checkpoints.directory / str(setup.resume_step)}: was trained on another base than "
-            "run.json says; it is another run's. Put back what belongs here."
+            f"{where / str(restored.step)}: was trained on another base than run.json says; it is "
+            "another run's. Put back what belongs here."
         )
     step = jax.make_array_from_callback(
-        (), replicated(setup.mesh), lambda _: np.asarray(setup.resume_step, np.int32)
+        (), replicated(setup.mesh), lambda _: np.asarray(restored.step, np.int32)
     )
-    return TrainState(step, trainable, optimizer), float(meta["seconds"])
+    state = TrainState(step, restored.trainable, restored.optimizer)
+    return replace(setup, resume_step=restored.step), state, float(restored.meta["seconds"])
 
 
 def _batch(setup: Setup, step: int) -> Batch:
@@ -297,9 +320,8 @@ def _readable(run: _Progress, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield from batches
     except UserError:
         # The others of several processes do not know of it, and saving takes them all.
-        if count() == 1 and run.step and run.saved != run.step:
-            _save(run, run.waiting)
-            run.checkpoints.wait()
+        if count() == 1 and run.step:
+            _have_saved(run, run.waiting)
         raise
 
 
@@ -388,22 +410,48 @@ def _evaluate_if_due(run: _Progress) -> None:
 def _save(run: _Progress, metrics: Any) -> None:
     if metrics is not None:
         _require_finite(run, metrics)
+    _require_frozen(run)
     meta = {
         "model_digest": run.setup.record.model_digest,
         "compute_dtype": run.setup.config.compute_dtype,
         "data_position": run.step,
         "seconds": run.elapsed(),
     }
+    run.display.message(f"step {run.step}: saving, 0 frozen bits changed")
     run.checkpoints.save(run.step, run.state.trainable, run.state.opt_state, meta)
-    run.saved = run.step
+
+
+def _have_saved(run: _Progress, metrics: Any = None) -> None:
+    """Returns when this step is on disk. A save that failed is tried once more."""
+    while not (run.checkpoints.wait() and run.saved == run.step):
+        _save(run, metrics)
+
+
+def _save_failed(setup: Setup, step: int, reason: str) -> None:
+    print(
+        f"WARNING: {setup.directory / CHECKPOINTS}: step {step} could not be saved ({reason}); "
+        "training goes on, and ends when the next save fails too",
+        flush=True,
+    )
+    record_event(setup.directory, SAVE_FAILED, step, reason=reason)
+
+
+def _require_frozen(run: _Progress) -> None:
+    """Raises RuntimeError unless the frozen weights are those of the start, to the bit."""
+    changed = _differing(run.setup.record.frozen, checksums(run.frozen))
+    if changed:
+        raise RuntimeError(
+            f"{run.setup.directory}: frozen weights changed while training: "
+            f"{', '.join(changed[:5])}. The run is not to be trusted past step {run.saved or 0}, "
+            "which was saved before; please report this."
+        )
 
 
 def _stop_if_asked(run: _Progress, metrics: Any = None) -> None:
     if not run.stop.requested():
         return
-    if run.saved != run.step and run.step:
-        _save(run, metrics)
-        run.checkpoints.wait()
+    if run.step:
+        _have_saved(run, metrics)
     where = f"saved at step {run.step}" if run.step else "before the first step"
     raise run.stop.stopped(
         f"{run.setup.directory}: stopped, {where} of {run.setup.config.training.steps}. "
@@ -413,13 +461,7 @@ def _stop_if_asked(run: _Progress, metrics: Any = None) -> None:
 
 def _finish(run: _Progress) -> None:
     """Proves that the frozen weights are those of the start, and writes summary.json."""
-    setup = run.setup
-    changed = _differing(setup.record.frozen, checksums(run.frozen))
-    if changed:
-        raise RuntimeError(
-            f"{setup.directory}: frozen weights changed while training: {', '.join(changed[:5])}. "
-            "The run is not to be trusted; please report this."
-        )
+    _require_frozen(run)
     if is_first():
         _summarise(run)
 
@@ -446,11 +488,16 @@ def _summarise(run: _Progress) -> None:
         },
         "frozen_bits": sum(leaf.nbytes * 8 for leaf in leaves),
         "frozen_bits_changed": 0,
+        "steps_set_aside": [e["step"] for e in read_events(setup.directory, SET_ASIDE)],
+        "saves_failed": [e["step"] for e in read_events(setup.directory, SAVE_FAILED)],
         "parameters": {**sizes, "total": sum(sizes.values())},
     }
     write_json(setup.directory / SUMMARY_FILE, summary)
     run.display.message(f"{setup.directory}: {run.step} steps in {duration(run.elapsed())}")
     run.display.message(_frozen_line(summary))
+    for what in ("steps_set_aside", "saves_failed"):
+        if summary[what]:
+            run.display.message(f"{what.replace('_', ' ')}: {summary[what]}, see {EVENTS_FILE}")
 
 
 def _frozen_line(summary: dict[str, Any]) -> str:

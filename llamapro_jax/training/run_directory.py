@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llamapro_jax.checkpoint import TRAINABLE, committed_steps
+from llamapro_jax.checkpoint_files import TRAINABLE, committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.files import check_format, read_json, write_json

@@ -22,7 +22,8 @@ import jax
 from jax.sharding import Mesh
 
 from llamapro_jax.architecture import check_described, check_length
-from llamapro_jax.checkpoint import committed_steps
+from llamapro_jax.checkpoint import check_not_lost
+from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
     RunConfig,
@@ -149,6 +150,7 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
         _check_texts_are_same(config, directory, record, tokenizer)
         data = open_data(config, directory, source.config.vocab_size, tokenizer)
         _check_same(directory, record, data.fingerprints)
+        check_not_lost(directory / CHECKPOINTS)
         record = _update(config, directory, record)
     steps = committed_steps(directory / CHECKPOINTS)
     return Setup(config, directory, source, record, data, steps[-1] if steps else None, mesh)

@@ -1,0 +1,191 @@
+"""What a checkpoint is on disk, and whether it is whole: needs no device and no Orbax.
+
+```
+checkpoints/<step>/trainable   a directory a leaf ("new.1.q"), one chunk a block
+                   optimizer   likewise
+                   meta        JSON: step, model_digest, leaves, ..., digest
+                   commit_success.txt   written last; a step without it does not exist
+            <step>.damaged     set aside: it did not pass its checks
+            .deleted-<step>    on its way out
+```
+`leaves` has shape, dtype and checksum of every leaf of both items, and `digest` is the SHA-256 of
+all else in the meta item, so that no bit of a step that is read goes unproved. Orbax's own files
+(`_METADATA`, `_sharding`, ...) are not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamapro_jax.checksum import host_checksum
+from llamapro_jax.errors import UserError
+from llamapro_jax.flax_checkpoint import StackedArrays
+
+TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
+ITEMS = (TRAINABLE, OPTIMIZER)
+COMMIT_FILE = "commit_success.txt"
+
+_META_FILE = Path(META) / "metadata"
+_SET_ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
+# What a dead process leaves: of Orbax (which names its own so in some modes) and of ours.
+_LEFTOVER = re.compile(r"\.deleted-.*|.*\.orbax-checkpoint-tmp.*")
+
+
+class Damaged(UserError):
+    """A step is not what was saved. `reason`: of which file, without the step's directory."""
+
+    def __init__(self, step: Path, reason: str) -> None:
+        super().__init__(f"{step}: the checkpoint is damaged ({reason}).")
+        self.reason = reason
+
+
+def committed_steps(directory: str | Path) -> list[int]:
+    """The steps in `checkpoints/` that were saved to their end, in order."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    found = [entry for entry in directory.iterdir() if entry.name.isdecimal()]
+    return sorted(int(entry.name) for entry in found if (entry / COMMIT_FILE).is_file())
+
+
+# ------------------------------------------------------------------- what does not count
+
+
+def steps_set_aside(directory: Path) -> list[str]:
+    """The names of the steps that were set aside and are still there."""
+    if not directory.is_dir():
+        return []
+    return sorted(entry.name for entry in directory.iterdir() if _SET_ASIDE.fullmatch(entry.name))
+
+
+def set_aside(directory: Path, step: int) -> str:
+    """Renames a step, so that it counts no more but is not lost. Returns its new name."""
+    name, number = f"{step}.damaged", 1
+    while (directory / name).exists():
+        number += 1
+        name = f"{step}.damaged-{number}"
+    (directory / str(step)).rename(directory / name)
+    return name
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Removes what saves and deletions left that did not come to their end. Returns the names."""
+    removed = []
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        dead = entry.name.isdecimal() and not (entry / COMMIT_FILE).is_file()
+        if entry.is_dir() and (dead or _LEFTOVER.fullmatch(entry.name)):
+            shutil.rmtree(entry)
+            removed.append(entry.name)
+    return removed
+
+
+# ------------------------------------------------------------------- the meta item
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """`meta` as it comes back from JSON, with its digest."""
+    plain = json.loads(json.dumps(dict(meta)))
+    return {**plain, "digest": _digest(plain)}
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_meta(step: Path) -> dict[str, Any]:
+    """The meta item of a step. Raises Damaged unless it is what was saved."""
+    try:
+        meta = json.loads((step / _META_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise Damaged(step, f"{_META_FILE}: {first_line(error)}") from None
+    if isinstance(meta, dict) and "checksums" in meta and "digest" not in meta:
+        raise UserError(
+            f"{step}: was saved by an earlier version of llamapro_jax, whose checkpoints this one "
+            "does not read; go on with that version, or name another output."
+        )
+    if not isinstance(meta, dict) or meta.get("digest") != _digest(meta):
+        raise Damaged(step, f"{_META_FILE}: its digest is not that saved")
+    if str(meta["step"]) != step.name.partition(".")[0]:
+        raise Damaged(step, f"{_META_FILE}: is that of step {meta['step']}")
+    return meta
+
+
+# ------------------------------------------------------------------- the arrays
+
+
+def stored_arrays(step: Path, item: str, leaves: Mapping[str, Any]) -> StackedArrays:
+    """Reads the leaves of an item. Raises Damaged unless all have the shape and dtype saved."""
+    arrays = StackedArrays(step / item)
+    for leaf, saved in leaves.items():
+        try:
+            found = {"shape": list(arrays.shape(leaf)), "dtype": arrays.dtype(leaf).name}
+        except Exception as error:  # whatever TensorStore makes of a damaged file
+            raise Damaged(step, f"{item} {leaf}: {first_line(error)}") from None
+        for what, value in found.items():
+            if value != saved[what]:
+                reason = f"{item} {leaf}: has {what} {value}, was saved with {saved[what]}"
+                raise Damaged(step, reason)
+    return arrays
+
+
+def read_leaf(arrays: StackedArrays, leaf: str, *place: Any) -> Any:
+    """As `StackedArrays.read`, raising Damaged."""
+    try:
+        return arrays.read(leaf, *place)
+    except Exception as error:
+        directory = arrays.directory
+        raise Damaged(directory.parent, f"{directory.name} {leaf}: {first_line(error)}") from None
+
+
+def missing_file(step: Path) -> str | None:
+    """What a step lacks, as far as it shows without reading the arrays; None: nothing."""
+    try:
+        for item, leaves in read_meta(step)["leaves"].items():
+            stored_arrays(step, item, leaves)
+            for leaf, saved in leaves.items():
+                directory = step / item / leaf
+                chunks = json.loads((directory / ".zarray").read_bytes())["chunks"]
+                sizes = zip(saved["shape"], chunks, strict=True)
+                wanted = math.prod(math.ceil(size / chunk) for size, chunk in sizes)
+                files = [file for file in directory.iterdir() if not file.name.startswith(".")]
+                found = sum(file.stat().st_size > 0 for file in files)
+                if found != wanted:
+                    return f"{item} {leaf}: has {found} of {wanted} files"
+    except Damaged as error:
+        return error.reason
+    return None
+
+
+def verify_step(step: Path) -> list[str]:
+    """What is wrong with a step, having read all of it: a line a leaf, none when it is whole."""
+    try:
+        leaves = read_meta(step)["leaves"]
+    except Damaged as error:
+        return [error.reason]
+    problems = []
+    for item, leaf, saved in ((i, leaf, saved) for i in leaves for leaf, saved in leaves[i].items()):
+        try:
+            array = read_leaf(stored_arrays(step, item, {leaf: saved}), leaf)
+        except Damaged as error:
+            problems.append(error.reason)
+            continue
+        if host_checksum(array) != saved["checksum"]:
+            problems.append(wrong_checksum(item, leaf))
+    return problems
+
+
+def wrong_checksum(item: str, leaf: str) -> str:
+    return f"{item} {leaf}: its checksum is not that saved"
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
