@@ -171,14 +171,14 @@ def verify_step(step: Path) -> list[str]:
     except Damaged as error:
         return [error.reason]
     problems = []
-    for item, leaf, saved in ((i, leaf, saved) for i in leaves for leaf, saved in leaves[i].items()):
-        try:
-            array = read_leaf(stored_arrays(step, item, {leaf: saved}), leaf)
-        except Damaged as error:
-            problems.append(error.reason)
-            continue
-        if host_checksum(array) != saved["checksum"]:
-            problems.append(wrong_checksum(item, leaf))
+    for item, saved in leaves.items():
+        for leaf, description in saved.items():
+            try:
+                arrays = stored_arrays(step, item, {leaf: description})
+                if host_checksum(read_leaf(arrays, leaf)) != description["checksum"]:
+                    problems.append(wrong_checksum(item, leaf))
+            except Damaged as error:
+                problems.append(error.reason)
     return problems
 
 
