@@ -20,6 +20,7 @@ VERBS = (
     "convert",
     "expand",
     "inspect",
+    "verify",
     "plan",
     "prepare",
     "train",

@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 from llamapro_jax.errors import UserError
 
+# Of a plan that is read: each block becomes an object, and no model comes near.
+_MOST_BLOCKS = 2**16
+
 
 @dataclass(frozen=True)
 class Insertion:
@@ -190,7 +193,10 @@ class ExpansionPlan:
                 tuple(Insertion(int(i["after"]), int(i["copied_from"])) for i in insertions)
                 for insertions in value["generations"]
             )
-            return ExpansionPlan(int(value["base_blocks"]), generations)
+            base_blocks = int(value["base_blocks"])
+            if base_blocks > _MOST_BLOCKS:
+                raise ValueError(f"base_blocks is {base_blocks}, more than {_MOST_BLOCKS}")
+            return ExpansionPlan(base_blocks, generations)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{where}: the expansion plan is malformed ({type(error).__name__}: {error}); "

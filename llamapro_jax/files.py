@@ -114,14 +114,12 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_JSON + 1)
-        if len(content) > LARGEST_JSON:
+        if path.stat().st_size > LARGEST_JSON:
             raise UserError(
                 f"{path}: is larger than {LARGEST_JSON:,} bytes, which no such file is; fetch it "
                 "again."
             )
-        return parse_json(content.decode("utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except UnicodeDecodeError as error:

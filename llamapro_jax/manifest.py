@@ -1,0 +1,56 @@
+"""`SHA256SUMS`: the hash of each file of a directory, as `sha256sum -c SHA256SUMS` reads it too.
+
+It tells damage on the way from what was written. It is no signature: who can change the files can
+write it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from llamapro_jax.errors import UserError
+from llamapro_jax.files import atomic_write
+
+FILE = "SHA256SUMS"
+# People write their own model card over it.
+_NOT_LISTED = (FILE, "README.md")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """Hashes all files of `directory` but the model card, and writes SHA256SUMS."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name not in _NOT_LISTED)
+    names = [file.relative_to(directory).as_posix() for file in files]
+    lines = (f"{sha256_of(file)}  {name}\n" for file, name in zip(files, names, strict=True))
+    atomic_write(directory / FILE, "".join(lines))
+
+
+def read_manifest(directory: Path) -> dict[str, str]:
+    """SHA-256 by name; empty without a SHA256SUMS.
+
+    Raises UserError when it is malformed, or a name in it leaves the directory.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return {}
+    sums: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}).") from None
+    for number, line in enumerate(lines, start=1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise UserError(f"{path}:{number}: is not a SHA-256, two spaces and a file name.")
+        name = match[2]
+        if name.startswith("/") or ".." in Path(name).parts:
+            raise UserError(f"{path}:{number}: {name!r} is not in this directory.")
+        sums[name] = match[1]
+    return sums

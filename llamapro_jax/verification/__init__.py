@@ -1,0 +1,1 @@
+"""What `llamapro verify` looks at, a module for each kind of artefact."""
