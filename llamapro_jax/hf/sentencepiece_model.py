@@ -48,6 +48,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         while True:
             byte = data[position]
             position += 1
+            if shift > 63:  # no field is that long, and an endless one takes an endless time
+                raise ValueError("a number of more than 64 bits")
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
