@@ -56,6 +56,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.eval_every",
     "training.save_every",
     "training.keep",
+    "training.bad_steps",
+    "training.watchdog",
 )
 """Settings (or whole sections) that a resumed run may change: none alters what is computed.
 
@@ -148,9 +150,27 @@ class TrainingConfig:
         "auto",
     )
 
+    bad_steps: int = option(
+        "Steps in a row without a usable loss or gradient after which the run ends; the update of "
+        "each is skipped.",
+        3,
+    )
+    spike_sigma: float | None = option(
+        "A loss so many standard deviations above the mean of the last 100 or so is a spike, and "
+        "its update is skipped as well; null: only what is no number.",
+        None,
+    )
+    watchdog: float | None = option(
+        "Seconds without a step, a batch of an evaluation or a save after which the run shows what "
+        "it hangs in and exits with status 43; loading and compiling have four times as long. "
+        "null: it waits for ever.",
+        1800.0,
+    )
+
     def problems(self) -> Problems:
         every = ("log_every", "eval_every", "eval_batches", "save_every")
         yield from positive(self, "steps", *every, "keep", "loss_chunk")
+        yield from positive(self, "bad_steps", "spike_sigma", "watchdog")
         if self.microbatch != "auto":
             yield from positive(self, "microbatch")
 

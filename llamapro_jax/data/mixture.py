@@ -49,12 +49,12 @@ class Mixture:
 
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows [start, stop) of the global batch of `step`, equal to the same rows of `batch`."""
-        places = picks(step * self.batch_size + start, stop - start, self._shares)
+        places = self._places(step, start, stop)
         of_source: dict[int, tuple[list[int], list[int]]] = {}
-        for b, (source, count) in enumerate(places):
+        for b, (source, index) in enumerate(places):
             where, indices = of_source.setdefault(source, ([], []))
             where.append(b)
-            indices.append(self._orders[source][count])
+            indices.append(index)
         read = {
             source: (where, self._rows[source].read(indices))
             for source, (where, indices) in of_source.items()
@@ -62,6 +62,15 @@ class Mixture:
         batch = _interleave(list(read.values()), stop - start, self.sequence_length)
         batch["source"] = np.array([source for source, _ in places], np.int32)
         return batch
+
+    def places(self, step: int) -> list[tuple[str, int]]:
+        """Of each row of the global batch of a step, its source's name and its number there."""
+        found = self._places(step, 0, self.batch_size)
+        return [(self.names[source], index) for source, index in found]
+
+    def _places(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
+        chosen = picks(step * self.batch_size + start, stop - start, self._shares)
+        return [(source, self._orders[source][count]) for source, count in chosen]
 
 
 def _interleave(

@@ -16,6 +16,7 @@ which needs no device.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.exit_codes import status_of
+from llamapro_jax.exit_codes import STALLED, status_of
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -267,6 +269,11 @@ def count() -> int:
     return _state().num_processes if _state().client is not None else 1
 
 
+def index() -> int:
+    """The number of this process, from 0."""
+    return _state().process_id if _state().client is not None else 0
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes and speaks for all."""
     return _state().client is None or _state().process_id == 0
@@ -288,18 +295,33 @@ def _end(watch: _Watch, error: BaseException) -> None:
         # The same error on all processes is reported by the first.
         with suppress(TimeoutError):
             _get(_FAILED, _COURTESY)
-    told = {
-        "process": _state().process_id,
-        "host": socket.gethostname(),
-        "status": status_of(error),
-        "message": _described(error) if expected else traceback.format_exception_only(error)[-1],
-    }
-    with suppress(Exception):  # another was first
-        _state().client.key_value_set(_FAILED, json.dumps(told))
+    described = _described(error) if expected else traceback.format_exception_only(error)[-1]
+    _tell(status_of(error), described)
     _leave()
     watch.join()
     if not (first and expected):
         raise SystemExit(status_of(error)) from None
+
+
+def _tell(status: int, message: str) -> None:
+    told = {
+        "process": _state().process_id,
+        "host": socket.gethostname(),
+        "status": status,
+        "message": message,
+    }
+    with suppress(Exception):  # another was first
+        _state().client.key_value_set(_FAILED, json.dumps(told))
+
+
+def end_others(status: int, message: str) -> None:
+    """Ends the other processes of the run with `status`, from a process that is about to die.
+
+    Returns when they had time to hear of it: process 0 holds what is told.
+    """
+    if count() > 1:
+        _tell(status, message)
+        time.sleep(_COURTESY)
 
 
 def _leave() -> None:
@@ -341,6 +363,9 @@ class _Watch:
                 return
         if self.over.is_set():
             return
+        if told["status"] == STALLED:
+            # What this process waited for says where the other one was missing.
+            faulthandler.dump_traceback()
         if self._first:
             where = f"process {told['process']} on {told['host']}"
             print(f"error: {where}: {told['message'].strip()}", file=sys.stderr)

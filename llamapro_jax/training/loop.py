@@ -11,11 +11,11 @@ checkpoints, which all write.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.profiling import Profile
 from llamapro_jax.sharding import replicated
 from llamapro_jax.training.abstract import abstract_arguments
+from llamapro_jax.training.bad_steps import BadSteps
 from llamapro_jax.training.batches import place_batch
 from llamapro_jax.training.evaluation import held_out_loss
 from llamapro_jax.training.events import (
@@ -51,6 +52,7 @@ from llamapro_jax.training.events import (
     record_event,
 )
 from llamapro_jax.training.fit import Fitted, device_memory, resolve
+from llamapro_jax.training.guard import restored as restored_guard
 from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
 from llamapro_jax.training.setup import Setup, finished, prepare
@@ -67,6 +69,7 @@ from llamapro_jax.training.state import (
 )
 from llamapro_jax.training.step import Batch, build_eval_step, build_train_step
 from llamapro_jax.training.stopping import StopSignals
+from llamapro_jax.training.watchdog import Watchdog
 
 
 def train(config: RunConfig) -> Path:
@@ -87,8 +90,11 @@ def train(config: RunConfig) -> Path:
                 _say(f"{directory}: is finished ({steps} steps). {_frozen_line(summary)}.")
                 return directory
             setup = prepare(config, lock)
-        with jax.set_mesh(setup.mesh):
-            _run(setup, stop)
+        with (
+            jax.set_mesh(setup.mesh),
+            Watchdog(config.training.watchdog, directory) as watchdog,
+        ):
+            _run(setup, stop, watchdog)
     return directory
 
 
@@ -113,6 +119,8 @@ class _Progress:
     metrics: MetricsWriter
     display: ProgressDisplay
     stop: StopSignals
+    watchdog: Watchdog
+    bad_steps: BadSteps
     seconds: float
     evaluate_step: Any
     compiled_step: Any = None
@@ -123,6 +131,10 @@ class _Progress:
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.began
 
+    def look(self) -> None:
+        """Waits for the newest step. Raises UserError after too many bad ones."""
+        self.bad_steps.look(self.step, self.waiting)
+
     @property
     def saved(self) -> int | None:
         """The newest step on disk, as far as it is known."""
@@ -130,20 +142,25 @@ class _Progress:
         return self.setup.resume_step if saved is None else saved
 
 
-def _run(setup: Setup, stop: StopSignals) -> None:
+def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
     config, source = setup.config, setup.source
     spec, dtype = config.trainable, config.compute_dtype
     _say(format_table(trainable_table(source.config, source.plan, spec, dtype)))
     _say(setup.data.passes(config.training.steps))
     stop.agree_over(setup.mesh)
-    fitted = _fitted(setup)
-    setup = replace(setup, config=fitted.run)
-    setup, state, frozen, optimizer = _load(setup)
-    seconds = 0.0
-    if setup.resume_step is not None:
-        wanted = abstract((state.trainable, state.opt_state))
-        del state  # or there would be two in memory
-        setup, state, seconds = _restore(setup, *wanted)
+    with stop.at_once(_nothing_lost(setup)):
+        watchdog.progress("finding what fits in memory", slow=True)
+        fitted = _fitted(setup, stop)
+        setup = replace(setup, config=fitted.run)
+        watchdog.progress("loading the model", slow=True)
+        setup, state, frozen, optimizer = _load(setup)
+        seconds = 0.0
+        if setup.resume_step is not None:
+            watchdog.progress("loading a checkpoint", slow=True)
+            wanted = abstract((state.trainable, state.opt_state))
+            del state  # or there would be two in memory
+            setup, state, seconds = _restore(setup, *wanted)
+    watchdog.progress("opening the log", slow=True)
     with (
         Checkpoints(
             setup.directory / CHECKPOINTS, config.training.keep, partial(_save_failed, setup)
@@ -173,6 +190,8 @@ def _run(setup: Setup, stop: StopSignals) -> None:
             metrics=metrics,
             display=display,
             stop=stop,
+            watchdog=watchdog,
+            bad_steps=BadSteps(setup, display.message),
             seconds=seconds,
             evaluate_step=build_eval_step(
                 source.config,
@@ -190,11 +209,21 @@ def _run(setup: Setup, stop: StopSignals) -> None:
         if run.step < config.training.steps:
             _take_steps(run)
         _have_saved(run)
+        watchdog.progress("ending the run", slow=True)
         _finish(run)
         checkpoints.finish()
 
 
-def _fitted(setup: Setup) -> Fitted:
+def _nothing_lost(setup: Setup) -> str:
+    step = setup.resume_step
+    where = "before the first step" if step is None else f"saved at step {step}"
+    return (
+        f"{setup.directory}: stopped, {where} of {setup.config.training.steps}. Run the same "
+        "command again to go on."
+    )
+
+
+def _fitted(setup: Setup, stop: StopSignals) -> Fitted:
     """The run with what its configuration left to `auto`, found before a weight is read.
 
     Where memory decides, the step is compiled for that; the same on all processes.
@@ -204,7 +233,8 @@ def _fitted(setup: Setup) -> Fitted:
     def compile_candidate(run: RunConfig) -> jax.stages.Compiled:
         shapes = abstract_arguments(source.config, source.plan, run, setup.mesh)
         step = build_train_step(source.config, source.plan, run, shapes.optimizer)
-        return step.lower(shapes.state, shapes.frozen, shapes.batch).compile()
+        lowered = step.lower(shapes.state, shapes.frozen, shapes.batch)
+        return stop.interruptible(lowered.compile)
 
     memory = from_first(lambda: device_memory(jax.local_devices()))
     with full_precision(jnp.dtype(config.compute_dtype)):
@@ -267,7 +297,8 @@ def _restore(setup: Setup, trainable: Any, optimizer: Any) -> tuple[Setup, Train
     step = jax.make_array_from_callback(
         (), replicated(setup.mesh), lambda _: np.asarray(restored.step, np.int32)
     )
-    state = TrainState(step, restored.trainable, restored.optimizer)
+    guard = restored_guard(restored.meta.get("guard"), setup.mesh)
+    state = TrainState(step, restored.trainable, restored.optimizer, guard)
     return replace(setup, resume_step=restored.step), state, float(restored.meta["seconds"])
 
 
@@ -280,15 +311,10 @@ def _batch(setup: Setup, step: int) -> Batch:
 
 def _take_steps(run: _Progress) -> None:
     setup, training = run.setup, run.setup.config.training
-    source = setup.source
-    compiled = run.compiled_step
-    if compiled is None:
-        step_function = build_train_step(source.config, source.plan, setup.config, run.optimizer)
-        began = time.monotonic()
-        compiled = step_function.lower(run.state, run.frozen, _batch(setup, run.step)).compile()
-        run.display.message(f"compiled the step in {time.monotonic() - began:.1f} s")
+    compiled = run.compiled_step or _compile(run)
     _stop_if_asked(run)
 
+    run.watchdog.progress(f"taking step {run.step + 1}", slow=True)
     rate = _Rate(setup, run.step)
     with (
         Profile(setup.config.profile, setup.directory, run.step, run.display.message) as profile,
@@ -298,9 +324,9 @@ def _take_steps(run: _Progress) -> None:
             run.state, metrics = settled(
                 profile.take(run.step + 1, run.waiting, compiled, run.state, run.frozen, batch)
             )
-            run.step += 1
             # One step waits while another runs: the device is busy, and a stop is never far.
-            jax.block_until_ready(run.waiting)
+            run.look()
+            run.step += 1
             run.waiting = metrics
             last = run.step == training.steps
             if last or run.step % training.log_every == 0:
@@ -309,9 +335,22 @@ def _take_steps(run: _Progress) -> None:
             pause = time.monotonic()
             _evaluate_if_due(run)
             if last or _due(run.step, training.save_every):
-                _save(run, metrics)
+                _save(run)
             rate.pause(time.monotonic() - pause)
-            _stop_if_asked(run, metrics)
+            _stop_if_asked(run)
+            run.watchdog.progress(f"taking step {run.step + 1}")
+
+
+def _compile(run: _Progress) -> jax.stages.Compiled:
+    setup, source = run.setup, run.setup.source
+    run.watchdog.progress("compiling the step", slow=True)
+    began = time.monotonic()
+    with run.stop.at_once(_nothing_lost(setup)):
+        step = build_train_step(source.config, source.plan, setup.config, run.optimizer)
+        lowered = step.lower(run.state, run.frozen, _batch(setup, run.step))
+        compiled = run.stop.interruptible(lowered.compile)
+    run.display.message(f"compiled the step in {time.monotonic() - began:.1f} s")
+    return compiled
 
 
 def _readable(run: _Progress, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -321,7 +360,7 @@ def _readable(run: _Progress, batches: Iterator[Batch]) -> Iterator[Batch]:
     except UserError:
         # The others of several processes do not know of it, and saving takes them all.
         if count() == 1 and run.step:
-            _have_saved(run, run.waiting)
+            _have_saved(run)
         raise
 
 
@@ -363,24 +402,12 @@ def _log(run: _Progress, metrics: Any, rate: _Rate) -> None:
         loss=values["loss"],
         learning_rate=values["learning_rate"],
         grad_norm=values["grad_norm"],
+        skipped=values["skipped"],
         tokens=run.step * rate.tokens_a_step,
         **rate.take(run.step),
         seconds=run.elapsed(),
     )
     run.display.log(record)
-    _require_finite(run, values)
-
-
-def _require_finite(run: _Progress, metrics: Any) -> None:
-    """AdamW's moments never recover from a NaN, and a save would put it over a good state."""
-    for name in ("loss", "grad_norm"):
-        value = float(metrics[name])
-        if not math.isfinite(value):
-            raise UserError(
-                f"{run.setup.directory}: {name} is {value} at step {run.step}; nothing later than "
-                f"step {run.saved or 0} was saved. Take a lower optimizer.learning_rate, a longer "
-                "warmup or optimizer.clip_norm, with a new output."
-            )
 
 
 def _evaluate_if_due(run: _Progress) -> None:
@@ -393,6 +420,12 @@ def _evaluate_if_due(run: _Progress) -> None:
     for name, rows in setup.data.held_out.items():
         if run.metrics.recorded("eval", run.step, name):
             continue
+
+        def stopped(first: Iterator[bool], name: str = name) -> bool:
+            # The first batch may compile.
+            run.watchdog.progress(f"evaluating {name}", slow=next(first))
+            return run.stop.requested()
+
         figures = held_out_loss(
             run.evaluate_step,
             merge(run.state.trainable, run.frozen),
@@ -400,31 +433,33 @@ def _evaluate_if_due(run: _Progress) -> None:
             config.data.batch_size,
             training.eval_batches,
             setup.mesh,
-            run.stop.requested,
+            partial(stopped, chain([True], repeat(False))),
         )
         if figures is None:
             return
         run.display.log(run.metrics.write("eval", run.step, name=name, **figures))
 
 
-def _save(run: _Progress, metrics: Any) -> None:
-    if metrics is not None:
-        _require_finite(run, metrics)
+def _save(run: _Progress) -> None:
+    run.look()
+    run.watchdog.progress(f"saving step {run.step}")
     _require_frozen(run)
     meta = {
         "model_digest": run.setup.record.model_digest,
         "compute_dtype": run.setup.config.compute_dtype,
         "data_position": run.step,
         "seconds": run.elapsed(),
+        "guard": run.state.guard.values(),
     }
     run.display.message(f"step {run.step}: saving, 0 frozen bits changed")
     run.checkpoints.save(run.step, run.state.trainable, run.state.opt_state, meta)
 
 
-def _have_saved(run: _Progress, metrics: Any = None) -> None:
+def _have_saved(run: _Progress) -> None:
     """Returns when this step is on disk. A save that failed is tried once more."""
+    run.watchdog.progress(f"saving step {run.step}", slow=True)
     while not (run.checkpoints.wait() and run.saved == run.step):
-        _save(run, metrics)
+        _save(run)
 
 
 def _save_failed(setup: Setup, step: int, reason: str) -> None:
@@ -447,11 +482,11 @@ def _require_frozen(run: _Progress) -> None:
         )
 
 
-def _stop_if_asked(run: _Progress, metrics: Any = None) -> None:
+def _stop_if_asked(run: _Progress) -> None:
     if not run.stop.requested():
         return
     if run.step:
-        _have_saved(run, metrics)
+        _have_saved(run)
     where = f"saved at step {run.step}" if run.step else "before the first step"
     raise run.stop.stopped(
         f"{run.setup.directory}: stopped, {where} of {run.setup.config.training.steps}. "
@@ -488,6 +523,7 @@ def _summarise(run: _Progress) -> None:
         },
         "frozen_bits": sum(leaf.nbytes * 8 for leaf in leaves),
         "frozen_bits_changed": 0,
+        "updates_skipped": run.state.guard.values()["skipped"],
         "steps_set_aside": [e["step"] for e in read_events(setup.directory, SET_ASIDE)],
         "saves_failed": [e["step"] for e in read_events(setup.directory, SAVE_FAILED)],
         "parameters": {**sizes, "total": sum(sizes.values())},

@@ -25,6 +25,7 @@ from llamapro_jax.model.weights import (
     block_weights,
     outer_weights,
 )
+from llamapro_jax.training.guard import Guard, initial
 
 STACKS = ("base", "new")
 
@@ -35,12 +36,14 @@ Spec = Sequence[str]
 class TrainState(flax.struct.PyTreeNode):
     """What a step changes. step: int32 scalar, the number of steps taken.
 
-    trainable: the parameters' structure with only the leaves that train, float32.
+    trainable: the parameters' structure with only the leaves that train, float32. guard: of the
+    steps whose update was skipped, which the optimizer's own counts leave out.
     """
 
     step: jax.Array
     trainable: Params
     opt_state: Any
+    guard: Guard
 
 
 def is_norm(weight: Weight) -> bool:
@@ -129,11 +132,11 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. `frozen` gives its structure alone, no value is read."""
 
-    def init(trainable: Params, frozen: Params) -> tuple[jax.Array, Any]:
-        return jnp.zeros((), jnp.int32), optimizer.init(merge(trainable, frozen))
+    def init(trainable: Params, frozen: Params) -> tuple[jax.Array, Any, Guard]:
+        return jnp.zeros((), jnp.int32), optimizer.init(merge(trainable, frozen)), initial()
 
-    step, opt_state = jax.jit(init)(trainable, frozen)
-    return TrainState(step, trainable, opt_state)
+    step, opt_state, guard = jax.jit(init)(trainable, frozen)
+    return TrainState(step, trainable, opt_state, guard)
 
 
 def leaves_of(config: ModelConfig, plan: ExpansionPlan) -> Iterator[tuple[str, str, Weight, Any]]:

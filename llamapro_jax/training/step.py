@@ -25,6 +25,7 @@ from llamapro_jax.model.context import spread
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.optimizer import build_schedule
 from llamapro_jax.sharding import activation, axis_size
+from llamapro_jax.training.guard import judge
 from llamapro_jax.training.state import TrainState, merge
 
 Batch = Mapping[str, jax.Array]
@@ -117,7 +118,7 @@ def global_norm(tree: Any) -> jax.Array:
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, gradients: Params
 ) -> TrainState:
-    """The state after one update.
+    """`state` with one update taken; the number of steps is left to the caller.
 
     The optimizer is one of the whole parameters. The frozen side gets constant zeros for its
     gradients, and what it gives back for them is dropped, so that nothing of it is computed.
@@ -131,7 +132,16 @@ def apply_gradients(
         pairs = zip(updates[stack], state.trainable[stack], strict=True)
         of_trainable[stack] = [{name: every[name] for name in kept} for every, kept in pairs]
     trainable = optax.apply_updates(state.trainable, of_trainable)
-    return TrainState(state.step + 1, trainable, opt_state)
+    return state.replace(trainable=trainable, opt_state=opt_state)
+
+
+def where(take: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
+    """`updated` where the scalar `take` holds, else `state` to the bit.
+
+    A choice for each element, which XLA computes as it writes the update over what was there; a
+    `lax.cond` would keep the gradients and both states apart.
+    """
+    return jax.tree.map(lambda new, old: jnp.where(take, new, old), updated, state)
 
 
 def build_train_step(
@@ -143,7 +153,10 @@ def build_train_step(
     """A jitted `(state, frozen, batch) -> (state, metrics)`. The state passed in is used up.
 
     batch: arrays [B, T] of `data.rows`. metrics, all scalars: `loss` (nats a target token),
-    `tokens` (target tokens), `grad_norm` (of what trains, before clipping), `learning_rate`.
+    `tokens` (target tokens), `grad_norm` (of what trains, before clipping), `learning_rate`, and
+    those of `training.guard.judge`: with a loss or a gradient that is no number, or a spike, the
+    update is skipped. The step then counts, since the batch is a function of it; for the optimizer
+    and its schedule it did not happen.
     """
     schedule = build_schedule(run.optimizer, run.training.steps)
     remat: Remat = "none" if run.training.remat == "auto" else run.training.remat
@@ -172,13 +185,18 @@ def build_train_step(
         mean, gradients = loss_and_gradients(
             loss, state.trainable, batch, parts
         )
+        norm = global_norm(gradients)
+        taken = state.step - state.guard.skipped
+        take, guard, judged = judge(state.guard, mean, norm, taken, run.training.spike_sigma)
         metrics = {
             "loss": mean,
             "tokens": tokens,
-            "grad_norm": global_norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(taken), jnp.float32),
+            **judged,
         }
-        return apply_gradients(optimizer, state, frozen, gradients), metrics
+        updated = apply_gradients(optimizer, state, frozen, gradients)
+        return where(take, updated, state).replace(step=state.step + 1, guard=guard), metrics
 
     return jax.jit(step, donate_argnums=0)
 

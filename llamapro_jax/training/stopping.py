@@ -9,13 +9,15 @@ preemption service knows of SIGTERM alone.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llamapro_jax import exit_codes
 from llamapro_jax.launch.processes import settled
 
+T = TypeVar("T")
+
+_COMPILING = "compiling"
 STATUS = {signal.SIGTERM: exit_codes.PREEMPTED, signal.SIGINT: exit_codes.INTERRUPTED}
 
 
@@ -87,16 +92,51 @@ class StopSignals:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """While entered, a signal raises `Stopped(message)`."""
+        """While entered, a signal raises `Stopped(message)`, and one that came before does."""
         self._message = message
         try:
+            if self.signal is not None:
+                raise self.stopped(message)
             yield
         finally:
             self._message = None
 
+    def interruptible(self, compiling: Callable[[], T]) -> T:
+        """What `compiling` gives, which runs in another thread.
+
+        Python handles no signal while its main thread is in the compiler, for minutes. After a
+        signal that raises, `end_if_compiling` is how to end the process.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return compiling()
+        result: Future[T] = Future()
+
+        def compile_for_main() -> None:
+            try:
+                result.set_result(compiling())
+            except BaseException as error:
+                result.set_exception(error)
+
+        thread = threading.Thread(target=compile_for_main, name=_COMPILING, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+        return result.result()
+
     def stopped(self, message: str) -> Stopped:
         assert self.signal is not None
         return Stopped(message, STATUS[self.signal])
+
+
+def end_if_compiling(status: int) -> None:
+    """Ends the process when it was stopped while it compiles.
+
+    Python's own end would take apart what the compiler, which nothing can interrupt, works with.
+    """
+    if any(thread.name == _COMPILING for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 class _LargestBefore:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from llamapro_jax import exit_codes
+
 HELP = "train the new blocks (or more) on texts; run again to resume"
 EXAMPLE = """\
 llamapro train configs/llama2_7b_pro.yaml
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from llamapro_jax.launch.processes import is_first, joined
     from llamapro_jax.training.loop import train
-    from llamapro_jax.training.stopping import Stopped
+    from llamapro_jax.training.stopping import Stopped, end_if_compiling
 
     try:
         with joined():
@@ -43,5 +45,9 @@ def run(args: argparse.Namespace) -> int:
             train(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        end_if_compiling(stopped.status)
         return stopped.status
-    return 0
+    except SystemExit as told:  # process 0 has shown why
+        end_if_compiling(exit_codes.status_of(told))
+        raise
+    return exit_codes.DONE
