@@ -10,9 +10,11 @@ aside for the one before it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -48,7 +50,16 @@ from llamapro_jax.checkpoint_files import (
 from llamapro_jax.checksum import checksums
 from llamapro_jax.errors import UserError
 from llamapro_jax.exit_codes import CHECKPOINT_LOST
-from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_all, from_first, is_first
+from llamapro_jax.launch.processes import (
+    SEEN_WITHIN,
+    call_off,
+    count,
+    forget,
+    from_all,
+    from_first,
+    is_first,
+    meet,
+)
 from llamapro_jax.training.state import leaf_path
 
 # A block of a stack is a chunk of its own, so that one can be read without the others. Orbax
@@ -101,6 +112,7 @@ class Checkpoints:
         self._under_way: _Save | None = None
         self._failures: list[int] = []
         self._deleting: list[threading.Thread] = []
+        self._barrier = _Barrier(self.directory)
         logging.getLogger("absl").addFilter(_not_expected)
         from_first(lambda: remove_leftovers(self.directory))
         self._manager = self._new_manager()
@@ -115,6 +127,7 @@ class Checkpoints:
             ),
             # Damage in the steps that are there is no matter of the manager's.
             lightweight_initialize=True,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier),
         )
         handlers = {
             # Without OCDBT each leaf is a zarr directory that other readers open row by row.
@@ -147,6 +160,7 @@ class Checkpoints:
             optimizer=ocp.args.PyTreeSave(optimizer, save_args=_save_args(optimizer)),
             meta=ocp.args.JsonSave(meta),
         )
+        self._barrier.next_save()
         self._under_way = _Save(step, partial(self._report, step))
         self._under_way.begin(
             lambda: self._manager.save(step, args=arguments, force=True),
@@ -265,6 +279,33 @@ class _Save:
         except Exception as error:  # Orbax and TensorStore raise many types
             self._reason = first_line(error)
             self._report(self._reason)
+
+
+class _Barrier:
+    """Where the processes of a save wait for each other, but not for one on which it failed.
+
+    Orbax's own waits for that one until its time is up, which is twenty minutes.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._saves = itertools.count()
+        self._name = f"llamapro/save/{directory.name}"
+        self._visits: dict[str, int] = {}
+        self._save = f"{self._name}/{next(self._saves)}"
+
+    def next_save(self) -> None:
+        """All processes call this when the save before has ended on all."""
+        if is_first():
+            forget(self._save)
+        self._save, self._visits = f"{self._name}/{next(self._saves)}", {}
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        called_off = f"{self._save}/off"
+        # Orbax comes here on its way out of a failure too.
+        if (error := sys.exception()) is not None:
+            call_off(called_off, first_line(error))
+        visit = self._visits[key] = self._visits.get(key, 0) + 1
+        meet(f"{self._save}/{key}/{visit}", called_off, timeout_ms / 1000)
 
 
 def _not_expected(record: logging.LogRecord) -> bool:

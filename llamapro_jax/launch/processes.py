@@ -428,6 +428,39 @@ def everywhere(holds: bool) -> bool:
     return all(from_all(holds))
 
 
+def meet(place: str, called_off: str, seconds: float) -> None:
+    """Returns when all processes are at `place`, a name that each comes to once.
+
+    Raises RuntimeError with what one of them gave to `call_off(called_off, ...)`, once it has,
+    and TimeoutError after so many seconds. Any thread may call this.
+    """
+    if count() == 1:
+        return
+    _state().client.key_value_set(f"{place}/{_state().process_id}", "here")
+    deadline = time.monotonic() + seconds
+    for index in range(count()):
+        while True:
+            with suppress(TimeoutError):
+                _get(f"{place}/{index}", 0.5)
+                break
+            with suppress(TimeoutError):
+                raise RuntimeError(_get(called_off, 0.01))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {index} did not come to {place}")
+
+
+def call_off(called_off: str, reason: str) -> None:
+    """Ends the meetings of that name, on all processes, with a RuntimeError."""
+    with suppress(Exception):  # another was first
+        _state().client.key_value_set(called_off, reason)
+
+
+def forget(names: str) -> None:
+    """Of meetings that are over: removes all keys that begin with `names` and a slash."""
+    if count() > 1:
+        _state().client.key_value_delete(f"{names}/")
+
+
 def settled(results: Any) -> Any:
     """`results`, computed to their end where two programs must not be under way at a time.
 

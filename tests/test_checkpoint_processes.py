@@ -1,0 +1,123 @@
+"""Checkpoints of two processes: they agree on what is damaged and on what failed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamapro_jax.checkpoint_files import committed_steps, steps_set_aside
+from llamapro_jax.launch import local
+from llamapro_jax.launch.processes import free_port
+
+ROOT = Path(local.__file__).parents[2]
+
+# Each process has rows of `q` that the other one never reads or writes.
+BEGINNING = """
+import json, resource, signal, sys, time
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from llamapro_jax.checkpoint import Checkpoints, abstract, restore_newest
+from llamapro_jax.checksum import checksums
+from llamapro_jax.config import MeshConfig
+from llamapro_jax.launch.processes import from_first, is_first, joined
+from llamapro_jax.sharding import build_mesh
+
+directory, told, began = Path(sys.argv[1]), [], time.monotonic()
+
+def placed(array, *axes):
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+def tree(seed):
+    rows = np.random.default_rng(seed).standard_normal((1, 2, 8, 1024), np.float32)
+    return {"new": [{"q": placed(rows, None, None, "fsdp")}]}
+
+def optimizer():
+    return {"count": placed(np.ones((), np.int32))}
+
+def save(checkpoints, step):
+    checkpoints.save(step, tree(step), optimizer(), {})
+    return checkpoints.wait()
+
+with joined():
+    mesh = build_mesh(MeshConfig(fsdp=4))
+    with jax.set_mesh(mesh):
+"""
+DAMAGE = """
+        with Checkpoints(directory, 3) as checkpoints:
+            save(checkpoints, 1), save(checkpoints, 2)
+        def damage():
+            file = directory / "2/trainable/new.0.q/0.0.3.0"
+            file.write_bytes(file.read_bytes()[:-9])
+        from_first(damage)
+        wanted = abstract((tree(0), optimizer()))
+        found = restore_newest(directory, *wanted, lambda *aside: told.append(aside))
+        same = checksums(found.trainable) == checksums(tree(1))
+        print(json.dumps({"step": found.step, "same": same, "told": told}), flush=True)
+"""
+FAILURE = """
+        with Checkpoints(directory, 3, lambda *failed: told.append(failed)) as checkpoints:
+            saved = [save(checkpoints, 1)]
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if not is_first():
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+            since = time.monotonic()
+            saved.append(save(checkpoints, 2))
+            seconds = time.monotonic() - since
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            saved.append(save(checkpoints, 3))
+        print(json.dumps({"saved": saved, "told": told, "seconds": seconds}), flush=True)
+"""
+
+
+def in_two(tmp_path: Path, script: str) -> list[dict[str, Any]]:
+    """What each of two processes with two devices each printed last."""
+    (tmp_path / "script.py").write_text(BEGINNING + script)
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "checkpoints")],
+            env={**local.environment(index, 2, 2, port), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    lines = [[line for line in text.splitlines() if line.startswith("{")] for text in outputs]
+    return [json.loads(found[-1]) for found in lines]
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_sees_makes_all_take_the_step_before(tmp_path: Path) -> None:
+    results = in_two(tmp_path, DAMAGE)
+    for found in results:
+        assert (found["step"], found["same"]) == (1, True)
+        [[step, reason]] = found["told"]
+        assert step == 2 and "trainable new.0.q" in reason
+    assert committed_steps(tmp_path / "checkpoints") == [1]
+    assert steps_set_aside(tmp_path / "checkpoints") == ["2.damaged"]
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path: Path) -> None:
+    results = in_two(tmp_path, FAILURE)
+    for found in results:
+        assert found["saved"] == [True, False, True]
+        # Orbax's own barriers would wait for twenty minutes.
+        assert found["seconds"] < 60
+    [[step, reason]] = results[0]["told"]
+    assert step == 2 and "File too large" in reason
+    assert committed_steps(tmp_path / "checkpoints") == [1, 3]
