@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes. More than the cores do not help: each one compiles.
 TEST_PROCESSES ?= 2
+# Malformed files of each kind that `make fuzz` tries; the tests try 300.
+FUZZ_EXAMPLES ?= 10000
 # For example: make test PYTEST_ARGS='-m "not slow" -k expand'
 PYTEST_ARGS ?=
 # For example: make quickstart QUICKSTART_ARGS='--seed 1'
@@ -17,13 +19,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 # Two installs into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-fast test-compiled lint install clean
+.PHONY: help quickstart test test-fast test-compiled fuzz lint install clean
 
 help:
 	@echo "make quickstart   set up, then the whole path on a small model (a few minutes, no network)"
 	@echo "make test         set up, then lint and every test"
 	@echo "make test-fast    the same without the slow tests"
 	@echo "make test-compiled  set up, then compile steps for TPUs and GPUs that are not here (4 GB)"
+	@echo "make fuzz         set up, then $(FUZZ_EXAMPLES) malformed files of each kind (20 minutes)"
 	@echo "make lint         set up, then ruff"
 	@echo "make install      set up only; then $(BIN)/llamapro --help"
 	@echo "make clean        remove the environment and the caches (not runs/)"
@@ -43,6 +46,10 @@ test-fast: lint
 # In one process: the compiler takes all cores, and gigabytes of memory.
 test-compiled: $(VENV)/.stamp-compilers
 	@$(BIN)/python -m pytest tests/compiled $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.stamp-test
+	@LLAMAPRO_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/test_fuzz.py \
+	  $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check .

@@ -207,12 +207,17 @@ class ExpansionPlan:
 def checked_lineage(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     """What was done to a model, entry by entry, as it is read from a file of unknown origin."""
     needed = {"expand": {"generation"}, "train": {"trainable", "steps"}}
+    kinds = {"verb": str, "source": str, "generation": int, "trainable": list | tuple, "steps": int}
     for entry in value if isinstance(value, list | tuple) else [None]:
         if not isinstance(entry, dict) or not {"verb", "source"} <= set(entry):
             raise UserError(f"{where}: lineage has {entry!r}; an entry needs verb and source.")
         missing = sorted(needed.get(str(entry["verb"]), set()) - set(entry))
         if missing:
             raise UserError(f"{where}: lineage has {entry!r}; it needs {', '.join(missing)}.")
+        for key, kind in kinds.items():
+            if key in entry and not isinstance(entry[key], kind):
+                name = "list" if key == "trainable" else kind.__name__
+                raise UserError(f"{where}: lineage has {entry!r}; {key} must be a {name}.")
     return tuple(value)
 
 

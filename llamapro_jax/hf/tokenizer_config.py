@@ -53,6 +53,11 @@ def special_id(
         token = content_of(values[key])
         if token is None:
             return None  # the model says that it has none
+        if not isinstance(token, str):
+            raise UserError(
+                f"{directory / file}: {key} is a {type(token).__name__}; it must be a string, or "
+                "an object whose `content` is one."
+            )
         index = engine.token_to_id(token)
         if index is None and name != "pad":
             raise UserError(
@@ -119,9 +124,16 @@ def chat_template(directory: Path) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         return read_template(path)
-    template = optional_json(directory / "tokenizer_config.json").get("chat_template")
+    path = directory / "tokenizer_config.json"
+    template = optional_json(path).get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise UserError(
+            f"{path}: chat_template is a {type(template).__name__}; it must be a string, or a list "
+            "of objects with `name` and `template`."
+        )
     return template
 
 

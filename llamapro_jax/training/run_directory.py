@@ -24,7 +24,7 @@ import numpy as np
 
 from llamapro_jax.checkpoint_files import TRAINABLE, committed_steps
 from llamapro_jax.errors import UserError
-from llamapro_jax.expansion import ExpansionPlan
+from llamapro_jax.expansion import ExpansionPlan, checked_lineage
 from llamapro_jax.files import check_format, read_json, write_json
 from llamapro_jax.fingerprint import Fingerprint, tensor_print
 from llamapro_jax.flax_checkpoint import StackedArrays
@@ -79,11 +79,14 @@ class RunRecord:
         values = read_json(path)
         check_format(values, FORMAT, path)
         try:
+            lineage = checked_lineage(values["lineage"], str(path))
+            if not lineage or lineage[-1]["verb"] != "train":
+                raise ValueError("the last of lineage is no training")
             return RunRecord(
                 str(values["model"]),
                 str(values["model_digest"]),
-                tuple(values["trainable"]),
-                tuple(values["lineage"]),
+                tuple(map(str, values["trainable"])),
+                lineage,
                 dict(values["data"]),
                 dict(values["frozen"]),
             )
