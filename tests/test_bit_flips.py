@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from llamapro_jax.checkpoint import Checkpoints, Restored, _restore, abstract
+from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.checkpoint_files import OPTIMIZER, TRAINABLE, committed_steps
+from llamapro_jax.checkpoint_restore import Restored, _restore, abstract
 from llamapro_jax.errors import UserError
 
 # Small, so that the bits of the descriptions are a good part of all; two chunks and one.

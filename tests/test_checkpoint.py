@@ -20,20 +20,20 @@ import optax
 import pytest
 
 from llamapro_jax import checkpoint
-from llamapro_jax.checkpoint import (
-    CheckpointLost,
-    Checkpoints,
-    Restored,
-    abstract,
-    check_not_lost,
-    restore_newest,
-)
+from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.checkpoint_files import (
     COMMIT_FILE,
     committed_steps,
     read_meta,
     steps_set_aside,
     verify_step,
+)
+from llamapro_jax.checkpoint_restore import (
+    CheckpointLost,
+    Restored,
+    abstract,
+    check_not_lost,
+    restore_newest,
 )
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays

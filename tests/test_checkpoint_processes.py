@@ -22,7 +22,8 @@ import json, resource, signal, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from llamapro_jax.checkpoint import Checkpoints, abstract, restore_newest
+from llamapro_jax.checkpoint import Checkpoints
+from llamapro_jax.checkpoint_restore import abstract, restore_newest
 from llamapro_jax.checksum import checksums
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.launch.processes import from_first, is_first, joined

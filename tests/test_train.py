@@ -510,11 +510,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_ends_with_44(
 def test_frozen_weights_that_change_are_found_before_they_are_saved(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flipped(run: Any, metrics: Any) -> None:
+    def flipped(run: Any) -> None:
         if run.step == 4:
             norm = run.frozen["final_norm"]
             run.frozen = {**run.frozen, "final_norm": norm.at[0].set(norm[0] * 1.0000002)}
-        save(run, metrics)
+        save(run)
 
     save = loop._save
     monkeypatch.setattr(loop, "_save", flipped)

@@ -423,6 +423,11 @@ def from_all(value: Any) -> list[Any]:
     return from_first(gathered)
 
 
+def first_given(value: Any) -> Any:
+    """The value of the first process whose value is not None; None when there is none."""
+    return next((given for given in from_all(value) if given is not None), None)
+
+
 def everywhere(holds: bool) -> bool:
     """Whether it holds on all processes. All call this in the same order as `from_first`."""
     return all(from_all(holds))

@@ -21,10 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from llamapro_jax.checkpoint import Checkpoints, abstract, restore_newest
+from llamapro_jax.checkpoint import Checkpoints
+from llamapro_jax.checkpoint_restore import abstract
 from llamapro_jax.checksum import checksums
 from llamapro_jax.compilation_cache import enabled as compilation_cache
 from llamapro_jax.config import RunConfig, validate
@@ -35,14 +35,12 @@ from llamapro_jax.flops import step_flops
 from llamapro_jax.launch.processes import count, from_first, is_first, settled
 from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
 from llamapro_jax.model.llama import Params
-from llamapro_jax.model.params import load_params
 from llamapro_jax.model.precision import full_precision
-from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.profiling import Profile
-from llamapro_jax.sharding import replicated
 from llamapro_jax.training.abstract import abstract_arguments
 from llamapro_jax.training.bad_steps import BadSteps
 from llamapro_jax.training.batches import place_batch
+from llamapro_jax.training.beginning import differing, load, restore
 from llamapro_jax.training.evaluation import held_out_loss
 from llamapro_jax.training.events import (
     EVENTS_FILE,
@@ -52,19 +50,13 @@ from llamapro_jax.training.events import (
     record_event,
 )
 from llamapro_jax.training.fit import Fitted, device_memory, resolve
-from llamapro_jax.training.guard import restored as restored_guard
 from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
 from llamapro_jax.training.setup import Setup, finished, prepare
 from llamapro_jax.training.state import (
     TrainState,
-    check_trainable,
-    dtype_of,
     format_table,
-    init_state,
-    labels,
     merge,
-    partition,
     trainable_table,
 )
 from llamapro_jax.training.step import Batch, build_eval_step, build_train_step
@@ -153,13 +145,13 @@ def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
         fitted = _fitted(setup, stop)
         setup = replace(setup, config=fitted.run)
         watchdog.progress("loading the model", slow=True)
-        setup, state, frozen, optimizer = _load(setup)
+        setup, state, frozen, optimizer = load(setup)
         seconds = 0.0
         if setup.resume_step is not None:
             watchdog.progress("loading a checkpoint", slow=True)
             wanted = abstract((state.trainable, state.opt_state))
             del state  # or there would be two in memory
-            setup, state, seconds = _restore(setup, *wanted)
+            setup, state, seconds = restore(setup, *wanted)
     watchdog.progress("opening the log", slow=True)
     with (
         Checkpoints(
@@ -241,65 +233,6 @@ def _fitted(setup: Setup, stop: StopSignals) -> Fitted:
         return resolve(
             config, source.config, source.plan, setup.mesh.shape, memory, compile_candidate, _say
         )
-
-
-def _load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransformation]:
-    """The state before the first step, the frozen weights, and the optimizer.
-
-    The frozen weights are compared with those of the run's first go, whose checksums it records.
-    """
-    config, source = setup.config, setup.source
-    dtypes = dtype_of(config.trainable, config.compute_dtype, config.frozen_dtype)
-    params = load_params(source, dtypes, setup.mesh)
-    trainable, frozen = partition(params, config.trainable)
-    check_trainable(trainable, source.config, source.plan, config.trainable)
-    optimizer = build_optimizer(
-        config.optimizer, config.training.steps, labels(params, config.trainable)
-    )
-    found = checksums(frozen)
-    if not setup.record.frozen:
-        setup = replace(setup, record=replace(setup.record, frozen=found))
-        if is_first():
-            setup.record.write(setup.directory)
-    changed = _differing(setup.record.frozen, found)
-    if changed:
-        raise UserError(
-            f"{config.model}: {changed[0]} is not what it was when the run in {setup.directory} "
-            "began, though the model's fingerprint is the same; its files are damaged. Put back "
-            "the original."
-        )
-    return setup, settled(init_state(trainable, frozen, optimizer)), frozen, optimizer
-
-
-def _differing(before: Any, after: Any) -> list[str]:
-    names = set(before) | set(after)
-    return sorted(name for name in names if before.get(name) != after.get(name))
-
-
-def _restore(setup: Setup, trainable: Any, optimizer: Any) -> tuple[Setup, TrainState, float]:
-    """What the run goes on from, and the seconds that it took to get there.
-
-    That is the newest step that is whole, which may be an older one than `setup` names.
-    """
-    where = setup.directory / CHECKPOINTS
-
-    def aside(step: int, reason: str) -> None:
-        _say(f"WARNING: {where}: step {step} is damaged and was set aside ({reason})")
-        record_event(setup.directory, SET_ASIDE, step, reason=reason)
-
-    restored = restore_newest(where, trainable, optimizer, aside)
-    assert restored is not None
-    if restored.meta["model_digest"] != setup.record.model_digest:
-        raise UserError(
-            f"{where / str(restored.step)}: was trained on another base than run.json says; it is "
-            "another run's. Put back what belongs here."
-        )
-    step = jax.make_array_from_callback(
-        (), replicated(setup.mesh), lambda _: np.asarray(restored.step, np.int32)
-    )
-    guard = restored_guard(restored.meta.get("guard"), setup.mesh)
-    state = TrainState(step, restored.trainable, restored.optimizer, guard)
-    return replace(setup, resume_step=restored.step), state, float(restored.meta["seconds"])
 
 
 def _batch(setup: Setup, step: int) -> Batch:
@@ -473,7 +406,7 @@ def _save_failed(setup: Setup, step: int, reason: str) -> None:
 
 def _require_frozen(run: _Progress) -> None:
     """Raises RuntimeError unless the frozen weights are those of the start, to the bit."""
-    changed = _differing(run.setup.record.frozen, checksums(run.frozen))
+    changed = differing(run.setup.record.frozen, checksums(run.frozen))
     if changed:
         raise RuntimeError(
             f"{run.setup.directory}: frozen weights changed while training: "

@@ -22,8 +22,8 @@ import jax
 from jax.sharding import Mesh
 
 from llamapro_jax.architecture import check_described, check_length
-from llamapro_jax.checkpoint import check_not_lost
 from llamapro_jax.checkpoint_files import committed_steps
+from llamapro_jax.checkpoint_restore import check_not_lost
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
     RunConfig,

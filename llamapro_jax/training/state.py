@@ -156,6 +156,11 @@ def leaf_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, by a path such as "new.1.q"."""
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def check_spec(spec: Spec, config: ModelConfig, plan: ExpansionPlan) -> None:
     """Raises UserError when `trainable` names what this model does not have."""
     if "new" in spec and not plan.num_new:
