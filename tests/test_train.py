@@ -232,14 +232,6 @@ def test_a_tracker_that_fails_does_not_stop_training(
     assert_same_run(run, undisturbed, 8)
 
 
-def test_a_loss_that_is_no_number_stops_before_it_is_saved(work: Path, tmp_path: Path) -> None:
-    changes = {"optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 0, **SHORT}
-    config = config_of(work, tmp_path / "run", **changes)
-    with pytest.raises(UserError, match=r"is (nan|inf) at step \d.*lower optimizer.learning_rate"):
-        train(config)
-    assert committed_steps(tmp_path / "run/checkpoints") == []
-
-
 def test_what_auto_stands_for_is_found_before_a_weight_is_read(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
