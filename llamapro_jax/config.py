@@ -132,7 +132,9 @@ class TrainingConfig:
     save_every: int | None = option(
         "Steps between two checkpoints; null: only after the last step.", None
     )
-    keep: int = option("Number of checkpoints kept, the newest.", 2)
+    keep: int = option(
+        "Number of checkpoints kept, the newest; while the run goes on, two at least.", 2
+    )
     loss_chunk: int = option(
         "Tokens whose logits exist at the same time; smaller takes less memory.", 1024
     )
