@@ -27,11 +27,14 @@ def record_event(directory: Path, event: str, step: int, **details: Any) -> None
         return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = json.dumps({"event": event, "step": step, "time": now, **details}, ensure_ascii=False)
+    path = directory / EVENTS_FILE
     try:
-        with (directory / EVENTS_FILE).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        # A process that was killed may have left a part of a line.
+        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut + line + "\n")
     except OSError as error:  # a full disk is what some events are about
-        print(f"warning: {directory / EVENTS_FILE}: {error.strerror}: {line}", flush=True)
+        print(f"warning: {path}: {error.strerror}: {line}", flush=True)
 
 
 def read_events(directory: Path, event: str | None = None) -> list[dict[str, Any]]:
