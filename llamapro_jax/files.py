@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -20,6 +21,7 @@ from llamapro_jax.errors import UserError
 _UNLOCKED_AGE = 60
 # A tokenizer.json of 250,000 tokens has 35 MB; nothing else comes near.
 LARGEST_JSON = 2**28
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def require_new_directory(path: Path) -> None:
@@ -131,8 +133,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`, but ValueError for a key that an object has with two values."""
-    return json.loads(text, object_pairs_hook=_unique)
+    """`json.loads`, but ValueError for a key with two values and for half of a surrogate pair."""
+    value = json.loads(text, object_pairs_hook=_unique)
+    # Only an escape can bring one, and it could not be written again.
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

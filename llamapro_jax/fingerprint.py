@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.files import read_json, write_json
 
 FILE = "fingerprint.json"
+_BLOCK = re.compile(r"(model\.layers\.)([0-9]{1,9})(\..*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class Fingerprint:
         shallow = {deep: i for i, deep in enumerate(plan.depths_until(generation))}
         kept = {}
         for name, value in self.tensors.items():
-            parts = name.split(".")
-            if parts[:2] == ["model", "layers"]:
-                if int(parts[2]) not in shallow:
+            block = _BLOCK.fullmatch(name)
+            if block is not None:
+                if int(block[2]) not in shallow:
                     continue
-                parts[2] = str(shallow[int(parts[2])])
-            kept[".".join(parts)] = value
+                name = f"{block[1]}{shallow[int(block[2])]}{block[3]}"
+            kept[name] = value
         return Fingerprint(kept)
 
     def difference(self, other: Fingerprint) -> list[str]:

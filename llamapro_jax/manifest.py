@@ -15,7 +15,7 @@ from llamapro_jax.files import atomic_write
 
 FILE = "SHA256SUMS"
 # People write their own model card over it.
-_NOT_LISTED = (FILE, "README.md")
+NOT_LISTED = (FILE, "README.md")
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -26,7 +26,7 @@ def sha256_of(file: Path) -> str:
 
 def write_manifest(directory: Path) -> None:
     """Hashes all files of `directory` but the model card, and writes SHA256SUMS."""
-    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name not in _NOT_LISTED)
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name not in NOT_LISTED)
     names = [file.relative_to(directory).as_posix() for file in files]
     lines = (f"{sha256_of(file)}  {name}\n" for file, name in zip(files, names, strict=True))
     atomic_write(directory / FILE, "".join(lines))

@@ -22,7 +22,8 @@ from llamapro_jax.convert import convert
 from llamapro_jax.data.readers.documents import Bad, Content, pieces, read
 from llamapro_jax.delta import DESCRIPTION, FORMAT
 from llamapro_jax.errors import UserError
-from llamapro_jax.fingerprint import Fingerprint
+from llamapro_jax.expansion import ExpansionPlan, Insertion
+from llamapro_jax.fingerprint import Fingerprint, TensorPrint
 from llamapro_jax.hf.config import read_config
 from llamapro_jax.hf.safetensors import SafetensorsReader
 from llamapro_jax.hf.tokenizer import load_tokenizer
@@ -68,7 +69,11 @@ NUMBERS = st.one_of(
     st.floats(),
 )
 SCALARS = st.one_of(
-    st.none(), st.booleans(), NUMBERS, st.text(max_size=8), st.sampled_from(["F32", "llama3", "x"])
+    st.none(),
+    st.booleans(),
+    NUMBERS,
+    st.text(max_size=8),
+    st.sampled_from(["F32", "llama3", "\ud800"]),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -293,17 +298,27 @@ NAMES = ("model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers
 
 
 @fuzz
-@given(
-    content=contents({"digest": "0" * 64, "tensors": dict.fromkeys(NAMES, PRINT)}),
-    names=st.lists(st.one_of(st.sampled_from(NAMES), st.text(max_size=20)), unique=True),
-)
-def test_fingerprints(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, names: list[str]
-) -> None:
+@given(content=contents({"digest": "0" * 64, "tensors": dict.fromkeys(NAMES, PRINT)}))
+def test_fingerprints(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     directory = tmp_path_factory.getbasetemp() / "fingerprint"
     directory.mkdir(exist_ok=True)
     (directory / "fingerprint.json").write_bytes(content)
     refused_or_read(lambda: Fingerprint.read(directory))
+
+
+PIECES = st.sampled_from(["model", "layers", "0", "1", "-1", "٣", "9" * 5000, "", "norm", "\n"])
+
+
+@fuzz
+@given(names=st.lists(st.lists(PIECES, max_size=5).map(".".join), unique=True))
+def test_names_of_tensors_that_are_none(names: list[str]) -> None:
+    known = Fingerprint({name: TensorPrint((2,), "float32", "0" * 64) for name in names})
+    plan = ExpansionPlan(2, ((Insertion(0, 0),),))
+    assert set(refused_or_read(lambda: known.until(plan, 0)).tensors) <= {
+        *names,
+        *(name.replace(".1.", ".0.", 1) for name in names),
+        *(name.replace(".2.", ".1.", 1) for name in names),
+    }
 
 
 RUN = {

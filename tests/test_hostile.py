@@ -321,6 +321,7 @@ JSON_FILES = ["config.json", INDEX, "tokenizer.json", "tokenizer_config.json"]
         ("[" * 10**6, "recursion"),
         ('{"a": ' + "9" * 10**5 + "}", "digits"),
         ('{"a": 1, "a": 2}', "is there twice"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
         ("\0", "is not JSON"),
         ("", "is not JSON"),
     ],

@@ -233,6 +233,16 @@ def test_every_bit_of_an_export_counts(copy_of: Callable[[str], Path]) -> None:
     assert len(tensors) == 2 and all("sha256" in p.found for p in tensors)
 
 
+def test_a_file_that_was_put_beside_an_export_is_named(copy_of: Callable[[str], Path]) -> None:
+    export = copy_of("export")
+    (export / "README.md").write_text("my own card")
+    assert not verify(str(export)).notes
+    (export / "added_tokens.json").write_text("{}")
+    findings = verify(str(export))
+    assert findings.good
+    assert findings.notes == ["not in SHA256SUMS, so not verified: added_tokens.json"]
+
+
 def test_a_missing_shard_and_a_wrong_index_are_both_named(copy_of: Callable[[str], Path]) -> None:
     base = copy_of("base")
     index = read_json(base / "model.safetensors.index.json")

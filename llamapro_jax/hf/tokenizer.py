@@ -99,7 +99,13 @@ class Tokenizer:
                 "its tokenizer_config.json."
             )
         engine = self._with_special if allow_special else self._plain
-        batch = engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            batch = engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"{self.source}: the tokenizer cannot encode a text ({error}); download its files "
+                "again."
+            ) from None
         tail = [self.eos_id] if eos and self.eos_id is not None else []
         rows = []
         for encoding in batch:

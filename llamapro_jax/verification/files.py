@@ -32,6 +32,8 @@ def check_files(findings: Findings, directory: Path) -> set[str]:
     with findings.collecting(directory / manifest.FILE):
         sums = manifest.read_manifest(directory)
         known += [_Known(directory / name, digest) for name, digest in sums.items()]
+        if sums:
+            _note_unlisted(findings, directory, set(sums))
     known += _blobs(directory)
     present = []
     for one in known:
@@ -51,6 +53,14 @@ def check_files(findings: Findings, directory: Path) -> set[str]:
                 if findings.compare(one.file, kind, digest, one.digest):
                     good.add(one.file.relative_to(directory).as_posix())
     return good
+
+
+def _note_unlisted(findings: Findings, directory: Path, listed: set[str]) -> None:
+    names = (entry.name for entry in sorted(directory.iterdir()) if entry.is_file())
+    ignored = (*manifest.NOT_LISTED, ".gitattributes")
+    unlisted = [name for name in names if name not in listed and name not in ignored]
+    if unlisted:
+        findings.notes.append(f"not in {manifest.FILE}, so not verified: {', '.join(unlisted)}")
 
 
 def _blobs(directory: Path) -> Iterator[_Known]:
