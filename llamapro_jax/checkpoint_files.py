@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llamapro_jax.checksum import host_checksum
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays
@@ -42,7 +44,10 @@ class Damaged(UserError):
     """A step is not what was saved. `reason`: of which file, without the step's directory."""
 
     def __init__(self, step: Path, reason: str) -> None:
-        super().__init__(f"{step}: the checkpoint is damaged ({reason}).")
+        super().__init__(
+            f"{step}: the checkpoint is damaged ({reason}). Put back a copy of it; when its run "
+            "goes on, it is set aside for the one before."
+        )
         self.reason = reason
 
 
@@ -128,7 +133,7 @@ def stored_arrays(step: Path, item: str, leaves: Mapping[str, Any]) -> StackedAr
         try:
             found = {"shape": list(arrays.shape(leaf)), "dtype": arrays.dtype(leaf).name}
         except Exception as error:  # whatever TensorStore makes of a damaged file
-            raise Damaged(step, f"{item} {leaf}: {first_line(error)}") from None
+            raise _unreadable(arrays, leaf, error) from None
         for what, value in found.items():
             if value != saved[what]:
                 reason = f"{item} {leaf}: has {what} {value}, was saved with {saved[what]}"
@@ -141,8 +146,13 @@ def read_leaf(arrays: StackedArrays, leaf: str, *place: Any) -> Any:
     try:
         return arrays.read(leaf, *place)
     except Exception as error:
-        directory = arrays.directory
-        raise Damaged(directory.parent, f"{directory.name} {leaf}: {first_line(error)}") from None
+        raise _unreadable(arrays, leaf, error) from None
+
+
+def _unreadable(arrays: StackedArrays, leaf: str, error: Exception) -> Damaged:
+    item = arrays.directory
+    text = str(error).removeprefix(f"{item / leaf}: ").removesuffix("; the checkpoint is damaged.")
+    return Damaged(item.parent, f"{item.name} {leaf}: {first_line(text or error)}")
 
 
 def missing_file(step: Path) -> str | None:
@@ -175,17 +185,53 @@ def verify_step(step: Path) -> list[str]:
         for leaf, description in saved.items():
             try:
                 arrays = stored_arrays(step, item, {leaf: description})
-                if host_checksum(read_leaf(arrays, leaf)) != description["checksum"]:
+                if _leaf_checksum(arrays, leaf) != description["checksum"]:
                     problems.append(wrong_checksum(item, leaf))
             except Damaged as error:
                 problems.append(error.reason)
     return problems
 
 
+def _leaf_checksum(arrays: StackedArrays, leaf: str) -> int:
+    """With one row of a stack in memory at a time."""
+    shape = arrays.shape(leaf)
+    if len(shape) < 3:
+        return host_checksum(read_leaf(arrays, leaf))
+    size, total = math.prod(shape[2:]), 0
+    for number, row in enumerate(np.ndindex(shape[:2])):
+        total += host_checksum(read_leaf(arrays, leaf, row), number * size)
+    return total % 2**32
+
+
+class ProvedArrays:
+    """The arrays of an item of a step, as `StackedArrays` reads them.
+
+    A leaf is compared with its checksum before the first reading of any part of it. Raises Damaged.
+    """
+
+    def __init__(self, step: Path, item: str) -> None:
+        self.directory = step / item
+        self._step, self._item = step, item
+        self._leaves = read_meta(step)["leaves"][item]
+        self._arrays = stored_arrays(step, item, self._leaves)
+        self._proved: set[str] = set()
+
+    def shape(self, leaf: str) -> tuple[int, ...] | None:
+        """None where the step has no such leaf."""
+        return self._arrays.shape(leaf) if leaf in self._leaves else None
+
+    def read(self, leaf: str, *place: Any) -> np.ndarray:
+        if leaf not in self._proved:
+            if _leaf_checksum(self._arrays, leaf) != self._leaves[leaf]["checksum"]:
+                raise Damaged(self._step, wrong_checksum(self._item, leaf))
+            self._proved.add(leaf)
+        return read_leaf(self._arrays, leaf, *place)
+
+
 def wrong_checksum(item: str, leaf: str) -> str:
     return f"{item} {leaf}: its checksum is not that saved"
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

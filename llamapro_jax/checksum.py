@@ -56,14 +56,19 @@ def checksums(tree: Any) -> dict[str, int]:
     return {name: int(value) for name, value in zip(names, sums, strict=True)}
 
 
-def host_checksum(array: np.ndarray) -> int:
-    """The same of an array in the host's memory, a piece at a time."""
+def host_checksum(array: np.ndarray, first: int = 0) -> int:
+    """The same of an array in the host's memory, a piece at a time.
+
+    first: the row-major index that its first element has in a larger one, whose checksum is the sum
+    of those of its parts modulo 2^32.
+    """
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize]
     flat = np.ascontiguousarray(array).reshape(-1).view(unsigned)
     total = 0
     for start in range(0, flat.size, _PIECE):
         bits = flat[start : start + _PIECE].astype(np.uint32)
-        index = np.arange(start, start + bits.size, dtype=np.uint64).astype(np.uint32)
+        place = first + start
+        index = np.arange(place, place + bits.size, dtype=np.uint64).astype(np.uint32)
         index ^= index >> 16
         index *= np.uint32(0x85EBCA6B)
         index ^= index >> 13

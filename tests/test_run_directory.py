@@ -16,6 +16,7 @@ from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.errors import UserError
 from llamapro_jax.expand import expand
 from llamapro_jax.files import write_json
+from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.hf.config import render
 from llamapro_jax.model.params import load_params
 from llamapro_jax.model.weights import Tensor, tensors
@@ -178,8 +179,34 @@ def test_a_run_without_a_checkpoint_says_so(run: Path) -> None:
 def test_a_lost_leaf_never_falls_back_to_the_base(run: Path) -> None:
     leaf = next((run / "checkpoints/5/trainable").glob("new.*.gate"))
     shutil.rmtree(leaf)
-    with pytest.raises(UserError, match=rf"{leaf.name}.*damaged"):
+    with pytest.raises(UserError, match=rf"damaged \(trainable {leaf.name}: cannot be read"):
         open_run(run)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_flipped_bit_is_not_handed_on(run: Path, tmp_path: Path, masters: bool) -> None:
+    """Where it decompresses to another value: of an array that is stored as it is."""
+    step = run / "checkpoints/5"
+    leaf = next((step / "trainable").glob("new.*.gate"))
+    layout = json.loads((leaf / ".zarray").read_text())
+    arrays = StackedArrays(leaf.parent)
+    whole = arrays.read(leaf.name)
+    for file in leaf.glob("[0-9]*"):
+        file.unlink()
+    (leaf / ".zarray").write_text(
+        json.dumps({**layout, "chunks": list(whole.shape), "compressor": None})
+    )
+    data = bytearray(np.ascontiguousarray(whole).tobytes())
+    file = leaf / ".".join("0" * whole.ndim)
+    file.write_bytes(data)
+    copy(open_run(run, masters), tmp_path / "clean", "flax", lineage=(), progress=False)
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"damaged \(trainable {leaf.name}: its checksum is not"):
+        copy(open_run(run, masters), tmp_path / "copy", "flax", lineage=(), progress=False)
+    assert not (tmp_path / "copy").exists()
+    [tensor] = [t for t in tensors(open_run(run).config) if t.name == "model.norm.weight"]
+    open_run(run).read(tensor)  # what did not train is not the checkpoint's
 
 
 @pytest.mark.parametrize(

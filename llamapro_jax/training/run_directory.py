@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from llamapro_jax.checkpoint_files import TRAINABLE, committed_steps
+from llamapro_jax.checkpoint_files import TRAINABLE, ProvedArrays, committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan, checked_lineage
 from llamapro_jax.files import check_format, read_json, write_json
 from llamapro_jax.fingerprint import Fingerprint, tensor_print
-from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.hf.config import read_config
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, tensors
@@ -101,7 +100,8 @@ class RunSource:
     """The model of a run at one step: trained tensors from the checkpoint, the rest from `base`.
 
     masters: trained tensors come in float32 as they were trained, else in the dtype that the
-    base's tensors of the same name have.
+    base's tensors of the same name have. What is read of a checkpoint that is damaged raises
+    UserError.
     """
 
     path: str
@@ -112,7 +112,7 @@ class RunSource:
     record: RunRecord
     step: int
     base: Source = field(repr=False)
-    arrays: StackedArrays = field(repr=False)
+    arrays: ProvedArrays = field(repr=False)
     masters: bool = False
 
     @property
@@ -205,7 +205,7 @@ def open_run(path: str | Path, masters: bool = False, step: int | None = None) -
     record = RunRecord.read(directory)
     hf_config, config, plan = read_config(directory)
     step = _chosen_step(directory, step)
-    arrays = StackedArrays(directory / CHECKPOINTS / str(step) / TRAINABLE)
+    arrays = ProvedArrays(directory / CHECKPOINTS / str(step), TRAINABLE)
     _check_leaves(arrays, config, plan, record.trainable)
     base = _open_base(directory, record, masters)
     if base.plan != plan or base.config != config:
@@ -235,16 +235,15 @@ def _chosen_step(directory: Path, step: int | None) -> int:
 
 
 def _check_leaves(
-    arrays: StackedArrays, config: ModelConfig, plan: ExpansionPlan, trainable: tuple[str, ...]
+    arrays: ProvedArrays, config: ModelConfig, plan: ExpansionPlan, trainable: tuple[str, ...]
 ) -> None:
     for leaf, stack, weight, shape in leaves_of(config, plan):
         if not trains(trainable, stack, weight):
             continue
-        if arrays.shape(leaf) != tuple(shape):
-            raise UserError(
-                f"{arrays.directory / leaf}: has shape {list(arrays.shape(leaf))}; config.json "
-                f"says {list(shape)}."
-            )
+        found = arrays.shape(leaf)
+        if found != tuple(shape):
+            has = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(f"{arrays.directory / leaf}: {has}; config.json says {list(shape)}.")
 
 
 def _open_base(directory: Path, record: RunRecord, masters: bool) -> Source:
