@@ -196,7 +196,10 @@ class Checkpoints:
 
     def _no_room(self, trees: Any) -> str | None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        free = shutil.disk_usage(self.directory).free
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError:  # not every file system says; the save itself will
+            return None
         if free >= needed:
             return None
         return f"it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"

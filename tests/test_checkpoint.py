@@ -410,6 +410,17 @@ def test_room_is_looked_for_ahead_of_a_save(
     assert committed_steps(tmp_path) == [1, 3]
 
 
+def test_where_a_file_system_does_not_say_its_room_the_save_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(path: Path) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", unknown)
+    save(tmp_path, 1)
+    assert committed_steps(tmp_path) == [1]
+
+
 def test_a_step_of_an_earlier_format_is_refused_not_set_aside(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "1/meta/metadata").write_text('{"step": 1, "checksums": {}}')
