@@ -18,6 +18,7 @@ from llamapro_jax.files import (
 )
 from llamapro_jax.fingerprint import Fingerprint, tensor_print
 from llamapro_jax.hf.safetensors import Planned, SafetensorsReader, SafetensorsWriter
+from llamapro_jax.manifest import write_manifest
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, block_weights
 from llamapro_jax.sinks import SHARD_BYTES, Format, copy, copy_tokenizer, lineage_entry
@@ -71,6 +72,7 @@ def write_delta(source: str, destination: str | Path, shard_bytes: int = SHARD_B
                 "lineage": [*model.lineage, lineage_entry("delta", model)],
             },
         )
+        write_manifest(directory)
     return sum(int(np.prod(p.shape)) for p in planned)
 
 

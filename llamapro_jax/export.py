@@ -18,7 +18,6 @@ from llamapro_jax.files import atomic_write, require_new_directory
 from llamapro_jax.fingerprint import Fingerprint
 from llamapro_jax.hf.config import read_config
 from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
-from llamapro_jax.manifest import write_manifest
 from llamapro_jax.model.weights import total_parameters
 from llamapro_jax.proof import PROOF_TEXT, compare_logits, proof_tokens
 from llamapro_jax.sinks import SHARD_BYTES, copy, lineage_entry
@@ -58,8 +57,6 @@ def export(
 ) -> Export:
     """Writes safetensors, config, tokenizer and a model card; then reads them back and compares.
 
-    Last come the hashes of what was written, of each tensor and of each file.
-
     Base tensors come from the converted checkpoint byte for byte, never from a cast copy, unless
     `dtype` asks for a cast. Raises UserError when the reloaded model is not what was written.
     """
@@ -92,8 +89,6 @@ def export(
         if dtype is not None:
             largest = compare_logits(exact, again, tokens_BT)[2]
         differences.append(largest)
-        fingerprint.write(directory)
-        write_manifest(directory)
 
     facts: dict[str, object] = {"strength": strength} if strength != 1.0 else {}
     if generation is not None:

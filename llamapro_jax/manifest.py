@@ -24,11 +24,14 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def write_manifest(directory: Path) -> None:
-    """Hashes all files of `directory` but the model card, and writes SHA256SUMS."""
-    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name not in NOT_LISTED)
-    names = [file.relative_to(directory).as_posix() for file in files]
-    lines = (f"{sha256_of(file)}  {name}\n" for file, name in zip(files, names, strict=True))
+def write_manifest(directory: Path, but: str | None = None) -> None:
+    """Hashes all files of `directory` but the model card, and writes SHA256SUMS.
+
+    but: a directory in it whose files have hashes of their own.
+    """
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    names = sorted(p.as_posix() for p in paths if p.name not in NOT_LISTED and p.parts[0] != but)
+    lines = (f"{sha256_of(directory / name)}  {name}\n" for name in names)
     atomic_write(directory / FILE, "".join(lines))
 
 

@@ -20,6 +20,7 @@ from llamapro_jax.fingerprint import Fingerprint, TensorPrint, tensor_print
 from llamapro_jax.hf.config import render
 from llamapro_jax.hf.safetensors import Planned, SafetensorsWriter
 from llamapro_jax.hf.tokenizer import find_tokenizer, write_tokenizer
+from llamapro_jax.manifest import write_manifest
 from llamapro_jax.model.weights import Tensor, tensors
 from llamapro_jax.sources import HFSource, Source
 
@@ -113,10 +114,12 @@ def copy(
         write_json(directory / "config.json", config)
         if to == "flax":
             flax_checkpoint.write_description(directory, lineage)
-            fingerprint.write(directory)
+        fingerprint.write(directory)
         copy_tokenizer(source.directory, directory)
         if check is not None:
             check(directory, fingerprint)
+        # The arrays of a Flax checkpoint have their hashes in the fingerprint.
+        write_manifest(directory, but=flax_checkpoint.PARAMS)
     return fingerprint
 
 

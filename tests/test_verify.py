@@ -206,8 +206,8 @@ def test_a_flax_checkpoint_without_a_file_is_not_good(
     flax = copy_of("flax")
     (flax / file).unlink()
     findings = verify(str(flax))
-    assert findings.kind == "Flax checkpoint"
-    assert f"{file}: no such file" in only_problem(findings)
+    assert findings.kind == "Flax checkpoint" and not findings.good
+    assert f"{file}: no such file" in findings.as_text()
 
 
 def test_a_base_that_is_not_the_one_that_grew_is_noticed(copy_of: Callable[[str], Path]) -> None:
@@ -292,7 +292,10 @@ def test_a_damaged_blob_of_a_hub_cache_is_noticed(tmp_path: Path) -> None:
 def test_a_damaged_delta_is_noticed(copy_of: Callable[[str], Path]) -> None:
     delta = copy_of("delta")
     flip(delta / "model.safetensors")
-    assert "digest of the tensors" in only_problem(verify(str(delta)))
+    flip(delta / "tokenizer.model")
+    text = verify(str(delta)).as_text()
+    assert "digest of the tensors" in text
+    assert "model.safetensors: SHA-256" in text and "tokenizer.model: SHA-256" in text
 
 
 def test_damage_in_each_step_of_a_run_is_named(copy_of: Callable[[str], Path]) -> None:

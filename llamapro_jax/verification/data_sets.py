@@ -44,7 +44,11 @@ def verify_data_set(findings: Findings, directory: Path) -> None:
     length = features["tokens"].shape[0]
     listed = set()
     for split, info in builder.info.splits.items():
-        files = [Path(file) for file in info.filepaths]
+        try:
+            files = [Path(file) for file in info.filepaths]
+        except (ValueError, KeyError, IndexError) as error:  # its pattern of names is malformed
+            findings.problem(directory / "dataset_info.json", split, _first_line(error), "files")
+            continue
         listed |= {file.name for file in files}
         _check_split(findings, directory, builder, split, files, length, record)
     for file in sorted(directory.glob("*.array_record*")):
