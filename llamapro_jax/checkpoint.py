@@ -66,6 +66,8 @@ _EXPECTED = (
 _ALWAYS_KEPT = 2
 _FAILURES_IN_A_ROW = 2
 
+_saves = itertools.count()
+
 # Told a step and the reason.
 Report = Callable[[int, str], None]
 
@@ -90,7 +92,7 @@ class Checkpoints:
         self._under_way: _Save | None = None
         self._failures: list[int] = []
         self._deleting: list[threading.Thread] = []
-        self._barrier = _Barrier(self.directory)
+        self._barrier = _Barrier()
         logging.getLogger("absl").addFilter(_not_expected)
         from_first(lambda: remove_leftovers(self.directory))
         self._manager = self._new_manager()
@@ -188,11 +190,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        if kind is None:
             self.close()
-        except UserError:
-            if kind is None:  # else the exception under way says more
-                raise
+            return
+        # The other processes may be elsewhere, and not come to a word about the save under way.
+        if self._under_way is not None:
+            self._under_way.end()
+        with suppress(Exception):  # the exception under way says more
+            self._manager.close()
+        for thread in self._deleting:
+            thread.join()
 
     def _no_room(self, trees: Any) -> str | None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
@@ -268,17 +275,15 @@ class _Barrier:
     Orbax's own waits for that one until its time is up, which is twenty minutes.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._saves = itertools.count()
-        self._name = f"llamapro/save/{directory.name}"
+    def __init__(self) -> None:
+        self._save = _new_name()
         self._visits: dict[str, int] = {}
-        self._save = f"{self._name}/{next(self._saves)}"
 
     def next_save(self) -> None:
         """All processes call this when the save before has ended on all."""
         if is_first():
             forget(self._save)
-        self._save, self._visits = f"{self._name}/{next(self._saves)}", {}
+        self._save, self._visits = _new_name(), {}
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         called_off = f"{self._save}/off"
@@ -287,6 +292,10 @@ class _Barrier:
             call_off(called_off, first_line(error))
         visit = self._visits[key] = self._visits.get(key, 0) + 1
         meet(f"{self._save}/{key}/{visit}", called_off, timeout_ms / 1000)
+
+
+def _new_name() -> str:
+    return f"llamapro/save/{next(_saves)}"
 
 
 def _not_expected(record: logging.LogRecord) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.checkpoint_restore import abstract, restore_newest
 from llamapro_jax.checksum import checksums
 from llamapro_jax.config import MeshConfig
+from llamapro_jax.errors import UserError
 from llamapro_jax.launch.processes import from_first, is_first, joined
 from llamapro_jax.sharding import build_mesh
 
@@ -78,8 +80,19 @@ FAILURE = """
 """
 
 
-def in_two(tmp_path: Path, script: str) -> list[dict[str, Any]]:
-    """What each of two processes with two devices each printed last."""
+ERROR = """
+        with Checkpoints(directory, 3) as checkpoints:
+            save(checkpoints, 1)
+            checkpoints.save(2, tree(2), optimizer(), {})
+            if not is_first():
+                raise UserError("this process alone")
+            while True:
+                time.sleep(1)
+"""
+
+
+def in_two(tmp_path: Path, script: str, status: int = 0) -> list[list[dict[str, Any]]]:
+    """What each of two processes with two devices each printed."""
     (tmp_path / "script.py").write_text(BEGINNING + script)
     port = free_port()
     processes = [
@@ -96,15 +109,14 @@ def in_two(tmp_path: Path, script: str) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [status, status]
     lines = [[line for line in text.splitlines() if line.startswith("{")] for text in outputs]
-    return [json.loads(found[-1]) for found in lines]
+    return [[json.loads(line) for line in found] for found in lines]
 
 
 @pytest.mark.slow
 def test_damage_that_one_process_sees_makes_all_take_the_step_before(tmp_path: Path) -> None:
-    results = in_two(tmp_path, DAMAGE)
-    for found in results:
+    for [found] in in_two(tmp_path, DAMAGE):
         assert (found["step"], found["same"]) == (1, True)
         [[step, reason]] = found["told"]
         assert step == 2 and "trainable new.0.q" in reason
@@ -114,7 +126,7 @@ def test_damage_that_one_process_sees_makes_all_take_the_step_before(tmp_path: P
 
 @pytest.mark.slow
 def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path: Path) -> None:
-    results = in_two(tmp_path, FAILURE)
+    results = [found for [found] in in_two(tmp_path, FAILURE)]
     for found in results:
         assert found["saved"] == [True, False, True]
         # Orbax's own barriers would wait for twenty minutes.
@@ -122,3 +134,11 @@ def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path: Path) -
     [[step, reason]] = results[0]["told"]
     assert step == 2 and "File too large" in reason
     assert committed_steps(tmp_path / "checkpoints") == [1, 3]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_does_not_wait_for_a_word_about_a_save(tmp_path: Path) -> None:
+    since = time.monotonic()
+    in_two(tmp_path, ERROR, status=2)
+    assert time.monotonic() - since < 150
+    assert committed_steps(tmp_path / "checkpoints") == [1, 2]
