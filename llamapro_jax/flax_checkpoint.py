@@ -4,6 +4,7 @@
 config.json        Hugging Face's keys, and the plan under "llamapro"
 llamapro.json      format, version, lineage
 fingerprint.json   name, shape, dtype, SHA-256 of each Hugging Face tensor
+SHA256SUMS         of each file outside params/
 params/            Orbax: embed, final_norm, head, base/{leaf: [L, ...]}, new/{leaf: [N, ...]}
 tokenizer files    as they came
 ```
