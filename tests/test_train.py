@@ -34,7 +34,7 @@ from llamapro_jax.expand import expand
 from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
-from llamapro_jax.training import loop
+from llamapro_jax.training import beginning, loop
 from llamapro_jax.training.events import read_events
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_directory import RunRecord, open_run
@@ -236,8 +236,8 @@ def test_what_auto_stands_for_is_found_before_a_weight_is_read(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a device with a memory of its own the step is compiled first, and then takes the steps."""
-    load, read = loop.load_params, []
-    monkeypatch.setattr(loop, "load_params", lambda *a: read.append(a) or load(*a))
+    load, read = beginning.load_params, []
+    monkeypatch.setattr(beginning, "load_params", lambda *a: read.append(a) or load(*a))
     monkeypatch.setattr(loop, "device_memory", lambda devices: 1000)
     with pytest.raises(UserError, match="the training step does not fit: it needs"):
         train(config_of(work, tmp_path / "run", **SHORT))
