@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 
 from llamapro_jax.config import MAY_CHANGE_ON_RESUME, RunConfig
-from llamapro_jax.data.prepare_config import PrepareConfig
+from llamapro_jax.data.preparation.config import PrepareConfig
 from llamapro_jax.typed_yaml import OptionRow, option_rows
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -15,8 +15,9 @@ TARGET = Path(__file__).with_name("configuration.md")
 HEAD = """\
 # Configuration of a training run, and of prepared data
 
-Generated from the dataclasses of `llamapro_jax/config.py` and `llamapro_jax/data/prepare_config.py`
-by `python docs/generate_configuration.py`. The last section is that of `llamapro prepare`.
+Generated from the dataclasses of `llamapro_jax/config.py` and
+`llamapro_jax/data/preparation/config.py` by `python docs/generate_configuration.py`. The last
+section is that of `llamapro prepare`.
 
 A run is described by a YAML file, and each setting can be changed on the command line:
 

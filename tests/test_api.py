@@ -13,7 +13,8 @@ from checkpoints import write_tiny
 from models import disturbed, english, expand_to, random_model, save, write_with_tokenizer
 
 import llamapro_jax
-from llamapro_jax import UserError, evaluate, generate
+from llamapro_jax import UserError, generate
+from llamapro_jax.evaluation import texts as evaluate
 from llamapro_jax.expansion import Insertion, spread
 from llamapro_jax.model import api
 from llamapro_jax.model.api import load

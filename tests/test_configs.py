@@ -22,8 +22,8 @@ import llamapro_jax
 from llamapro_jax import config, config_data
 from llamapro_jax.architecture import of_run
 from llamapro_jax.config import RunConfig, load_config
-from llamapro_jax.data import prepare_config
-from llamapro_jax.data.prepare_config import PrepareConfig, load_prepare_config
+from llamapro_jax.data.preparation import config as prepare_config
+from llamapro_jax.data.preparation.config import PrepareConfig, load_prepare_config
 from llamapro_jax.expansion import ExpansionPlan
 from llamapro_jax.flops import step_flops
 from llamapro_jax.machines import Machine, parse_machine

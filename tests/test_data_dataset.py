@@ -12,10 +12,10 @@ from data_sources import ByteTokenizer
 from llamapro_jax.config import SourceConfig
 from llamapro_jax.data import dataset
 from llamapro_jax.data.dataset import Rows, open_rows, open_source
-from llamapro_jax.data.documents import Content
 from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.data.prefetch import Prefetcher
-from llamapro_jax.data.prepare import prepare
+from llamapro_jax.data.preparation.prepare import prepare
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.errors import UserError
 
 

@@ -14,8 +14,16 @@ import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamapro_jax.data import documents, lines
-from llamapro_jax.data.documents import Bad, Content, Record, input_files, pieces, read, texts
+from llamapro_jax.data.readers import documents, lines
+from llamapro_jax.data.readers.documents import (
+    Bad,
+    Content,
+    Record,
+    input_files,
+    pieces,
+    read,
+    texts,
+)
 from llamapro_jax.errors import UserError
 
 TEXTS = ["one\ntwo", "line separator \u2028 inside", " é😀 ", "x" * 300]

@@ -12,8 +12,8 @@ import pytest
 from data_sources import BOS, EOS, ByteTokenizer
 
 from llamapro_jax.data.dataset import open_rows
-from llamapro_jax.data.documents import Content
-from llamapro_jax.data.prepare import prepare, read_fingerprint
+from llamapro_jax.data.preparation.prepare import prepare, read_fingerprint
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import train_tokenizer
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from llamapro_jax.data import progress
-from llamapro_jax.data.progress import Display
-from llamapro_jax.data.shards import Seen
+from llamapro_jax.data.preparation import progress
+from llamapro_jax.data.preparation.progress import Display
+from llamapro_jax.data.preparation.shards import Seen
 
 
 def test_name_share_and_time_fit_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from data_sources import ByteTokenizer
 from runs import overrides, settings, text, write_model, write_texts
 
 from llamapro_jax.checkpoint import committed_steps
-from llamapro_jax.data.documents import Content
-from llamapro_jax.data.prepare import prepare
+from llamapro_jax.data.preparation.prepare import prepare
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.launch import local
 from llamapro_jax.launch.processes import free_port
 

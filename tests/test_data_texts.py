@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamapro_jax.data.documents import Content, input_files, texts
+from llamapro_jax.data.readers.documents import Content, input_files, texts
 from llamapro_jax.errors import UserError
 
 

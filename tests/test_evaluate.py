@@ -14,9 +14,10 @@ import pytest
 from checkpoints import write_tiny
 from models import disturbed, english, expand_to, save, write_with_tokenizer
 
-from llamapro_jax import UserError, cli, evaluate
-from llamapro_jax.comparison import recorded_original
-from llamapro_jax.evaluate import (
+from llamapro_jax import UserError, cli
+from llamapro_jax.evaluation import texts as evaluate
+from llamapro_jax.evaluation.comparison import recorded_original
+from llamapro_jax.evaluation.texts import (
     as_json,
     as_table,
     default_sequence_length,

@@ -18,12 +18,13 @@ import pytest
 from checkpoints import write_torch
 from models import disturbed, english, expand_to, write_with_tokenizer
 
-from llamapro_jax import UserError, harness
+from llamapro_jax import UserError
+from llamapro_jax.evaluation import harness
+from llamapro_jax.evaluation.published import published
+from llamapro_jax.evaluation.suite import SuiteConfig, SuiteTask, load_suite
 from llamapro_jax.expansion import spread
 from llamapro_jax.hf.tokenizer import train_tokenizer
 from llamapro_jax.model.api import Model, load
-from llamapro_jax.published import published
-from llamapro_jax.suite import SuiteConfig, SuiteTask, load_suite
 
 pytest.importorskip("lm_eval")
 
@@ -31,7 +32,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from llamapro_jax.harness_model import Generation, HarnessModel  # noqa: E402
+from llamapro_jax.evaluation.harness_model import Generation, HarnessModel  # noqa: E402
 
 PAPER = Path(__file__).resolve().parent.parent / "configs" / "evaluate_llama_pro.yaml"
 LENGTH = 64
@@ -446,7 +447,7 @@ def test_options_that_cannot_be(model: Model, options: dict[str, Any], message: 
 # Without the harness's own tasks, whose index takes longer than all the rest.
 COMMAND = """
 from lm_eval.tasks._index import TaskIndex
-from llamapro_jax import harness
+from llamapro_jax.evaluation import harness
 build = TaskIndex.build
 own = lambda paths: [path for path in paths if path.parent.name != "lm_eval"]
 TaskIndex.build = staticmethod(lambda paths: build(own(paths)))
@@ -667,7 +668,7 @@ def test_the_tasks_of_the_paper_are_in_the_harness() -> None:
 
 def test_the_harness_is_not_imported_before_it_is_used() -> None:
     check = (
-        "import sys, llamapro_jax.harness, llamapro_jax.suite;"
+        "import sys, llamapro_jax.evaluation.harness, llamapro_jax.evaluation.suite;"
         "sys.exit(any(m in sys.modules for m in ('lm_eval', 'jax', 'datasets', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from llamapro_jax import cli
 from llamapro_jax.data import show
-from llamapro_jax.data.documents import Content
-from llamapro_jax.data.prepare import prepare
+from llamapro_jax.data.preparation.prepare import prepare
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.data.records import shard_name, write_metadata, write_shard
 from llamapro_jax.data.rows import Row, empty_rows
 from llamapro_jax.errors import UserError

@@ -16,13 +16,19 @@ from hypothesis import strategies as st
 from prepared import TEXTS, documents_of, rows_of, tree, write_lines
 
 from llamapro_jax import cli
-from llamapro_jax.data import prepare as engine
-from llamapro_jax.data import records, shards
+from llamapro_jax.data import records
 from llamapro_jax.data.chat import ChatTemplate, messages_of
-from llamapro_jax.data.documents import Content, pieces
 from llamapro_jax.data.packing import pack
-from llamapro_jax.data.prepare import Preparation, fingerprint, prepare, read_fingerprint
-from llamapro_jax.data.prepare_config import load_prepare_config
+from llamapro_jax.data.preparation import prepare as engine
+from llamapro_jax.data.preparation import shards
+from llamapro_jax.data.preparation.config import load_prepare_config
+from llamapro_jax.data.preparation.prepare import (
+    Preparation,
+    fingerprint,
+    prepare,
+    read_fingerprint,
+)
+from llamapro_jax.data.readers.documents import Content, pieces
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

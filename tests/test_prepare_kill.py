@@ -16,10 +16,10 @@ import pytest
 from data_sources import BOS, EOS, ByteTokenizer
 from prepared import TEXTS, tree, write_lines
 
-from llamapro_jax.data import prepare as engine
-from llamapro_jax.data.documents import Content, pieces
-from llamapro_jax.data.prepare import Preparation, prepare
-from llamapro_jax.data.work import working
+from llamapro_jax.data.preparation import prepare as engine
+from llamapro_jax.data.preparation.prepare import Preparation, prepare
+from llamapro_jax.data.preparation.work import working
+from llamapro_jax.data.readers.documents import Content, pieces
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -71,8 +71,8 @@ def test_a_bad_record_in_a_process_is_named(
 SCRIPT = """
 import sys
 from pathlib import Path
-from llamapro_jax.data import prepare as engine
-from llamapro_jax.data.documents import Content, pieces
+from llamapro_jax.data.preparation import prepare as engine
+from llamapro_jax.data.readers.documents import Content, pieces
 from llamapro_jax.hf.tokenizer import load_tokenizer
 
 if __name__ == "__main__":
@@ -154,7 +154,7 @@ def test_a_kill_at_the_end_loses_nothing(
     lines: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     """Half of the shards have their names, or the metadata is there, when it ends."""
-    from llamapro_jax.data.work import Work
+    from llamapro_jax.data.preparation.work import Work
 
     whole = prepare(Content(str(lines)), ByteTokenizer(), 16, target=tmp_path / "whole")
     place = engine if failing == "write_metadata" else Work

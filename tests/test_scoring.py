@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from models import disturbed, english, expand_to, random_model, save, write_with_tokenizer
 
-from llamapro_jax import UserError, scoring, shared_prefix
+from llamapro_jax import UserError
+from llamapro_jax.evaluation import scoring, shared_prefix
+from llamapro_jax.evaluation.scoring import generate_until, loglikelihoods
+from llamapro_jax.evaluation.shared_prefix import row_length
 from llamapro_jax.expansion import spread
 from llamapro_jax.model.api import Model, load
-from llamapro_jax.scoring import generate_until, loglikelihoods
-from llamapro_jax.shared_prefix import row_length
 
 
 @pytest.fixture(scope="module")

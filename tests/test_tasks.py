@@ -13,10 +13,9 @@ import yaml
 from models import disturbed, expand_to, write_with_tokenizer
 
 from llamapro_jax import UserError
-from llamapro_jax.comparison import Setting, compare
-from llamapro_jax.model.api import Model, load
-from llamapro_jax.scoring import loglikelihoods
-from llamapro_jax.tasks import (
+from llamapro_jax.evaluation.comparison import Setting, compare
+from llamapro_jax.evaluation.scoring import loglikelihoods
+from llamapro_jax.evaluation.tasks import (
     encode,
     encode_pairs,
     encode_task,
@@ -25,9 +24,15 @@ from llamapro_jax.tasks import (
     read_task,
     standard_error,
 )
-from llamapro_jax.tasks.choices import Question, accuracies
-from llamapro_jax.tasks.generation import flexible_answer, normalised, problem, strict_answer
-from llamapro_jax.tasks.records import Record
+from llamapro_jax.evaluation.tasks.choices import Question, accuracies
+from llamapro_jax.evaluation.tasks.generation import (
+    flexible_answer,
+    normalised,
+    problem,
+    strict_answer,
+)
+from llamapro_jax.evaluation.tasks.records import Record
+from llamapro_jax.model.api import Model, load
 
 ARC = {
     "question": "the cat sat on a",
@@ -351,7 +356,7 @@ def test_generated_answers_are_compared(
         seen.update(options)
         return ["I think #### 1002. Or 5", "it is 1002"]
 
-    monkeypatch.setattr("llamapro_jax.tasks.generate_until", said)
+    monkeypatch.setattr("llamapro_jax.evaluation.tasks.generate_until", said)
     strict, flexible = measure_task(Setting("model", model), encoded)
     assert strict["metric"] == "exact_match,strict-match" and strict["value"] == 0.5
     assert flexible["metric"] == "exact_match,flexible-extract" and flexible["value"] == 0.5

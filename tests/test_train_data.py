@@ -19,8 +19,8 @@ from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.data import dataset
 from llamapro_jax.data.chat import LLAMA_PRO, ChatTemplate, messages_of
 from llamapro_jax.data.dataset import open_rows
-from llamapro_jax.data.documents import Content
-from llamapro_jax.data.prepare import prepare
+from llamapro_jax.data.preparation.prepare import prepare
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import load_tokenizer, train_tokenizer
 from llamapro_jax.metrics import read_metrics

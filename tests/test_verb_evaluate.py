@@ -11,14 +11,15 @@ import jax
 import pytest
 from models import disturbed, english, expand_to, save, write_with_tokenizer
 
-from llamapro_jax import assessment, cli
+from llamapro_jax import cli
+from llamapro_jax.evaluation import assessment
+from llamapro_jax.evaluation.published import AVERAGES, BENCHMARKS, INSTRUCT, MODELS, PRO, published
+from llamapro_jax.evaluation.results_table import side_by_side, tasks_table
+from llamapro_jax.evaluation.scoring import loglikelihoods
+from llamapro_jax.evaluation.suite import load_suite
 from llamapro_jax.expansion import Insertion
 from llamapro_jax.model import api
 from llamapro_jax.model.api import OpenedModel, load
-from llamapro_jax.published import AVERAGES, BENCHMARKS, INSTRUCT, MODELS, PRO, published
-from llamapro_jax.results_table import side_by_side, tasks_table
-from llamapro_jax.scoring import loglikelihoods
-from llamapro_jax.suite import load_suite
 
 PAPER = Path(__file__).resolve().parent.parent / "configs" / "evaluate_llama_pro.yaml"
 

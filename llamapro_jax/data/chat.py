@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llamapro_jax.data.conversations import Message, messages_of
-from llamapro_jax.data.documents import BadRecord
+from llamapro_jax.data.readers.documents import BadRecord
 from llamapro_jax.data.templates import CLOSE, LLAMA_PRO, OPEN, TemplateError, render
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import TOKEN_MARK, Tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamapro_jax.data.documents import BadRecord
+from llamapro_jax.data.readers.documents import BadRecord
 
 Message = dict[str, str]
 

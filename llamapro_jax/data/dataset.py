@@ -11,8 +11,13 @@ import numpy as np
 
 from llamapro_jax.config_data import DEFAULT_FIELD, EvalSourceConfig, SourceConfig
 from llamapro_jax.data.columns import BadRow, BadShape, Columns
-from llamapro_jax.data.documents import Content
-from llamapro_jax.data.prepare import TOKENIZER_DIRECTORY, Tokenizer, prepare, read_fingerprint
+from llamapro_jax.data.preparation.prepare import (
+    TOKENIZER_DIRECTORY,
+    Tokenizer,
+    prepare,
+    read_fingerprint,
+)
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.data.records import SPLIT, open_builder, open_split
 from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
@@ -27,7 +32,7 @@ class Rows:
 
     `rows[i]` is a dict of four arrays [T] (see `llamapro_jax.data.rows`), `rows.read(indices)` one
     of arrays [n, T], which is faster. They are checked as they are read: T tokens, each in
-    [0, vocab_size). `fingerprint` is what `llamapro_jax.data.prepare` recorded (tokenizer, files,
+    [0, vocab_size). `fingerprint` is what `preparation.prepare` recorded (tokenizer, files,
     documents, tokens, targets, bytes), or None for a data set made by others. `digest` changes
     with the rows: of a data set made by others, with the number and size of its records.
     """

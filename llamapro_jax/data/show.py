@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from llamapro_jax.data.prepare import TOKENIZER_DIRECTORY, read_fingerprint
+from llamapro_jax.data.preparation.prepare import TOKENIZER_DIRECTORY, read_fingerprint
 from llamapro_jax.data.records import SPLIT, open_builder, open_split, read_record
 from llamapro_jax.data.rows import DTYPES, Row, complete_row, targets_and_weights
 from llamapro_jax.errors import UserError

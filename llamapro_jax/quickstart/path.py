@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from llamapro_jax.config import save_config
-from llamapro_jax.data.documents import Content, texts
-from llamapro_jax.evaluate import read_text
+from llamapro_jax.data.readers.documents import Content, texts
+from llamapro_jax.evaluation.texts import read_text
 from llamapro_jax.files import read_json, write_json
 from llamapro_jax.hf.tokenizer import load_tokenizer, train_tokenizer
 from llamapro_jax.metrics import duration, read_metrics

@@ -17,9 +17,9 @@ from llamapro_jax.data.dataset import (
     open_source,
     prepared_template,
 )
-from llamapro_jax.data.documents import pieces
 from llamapro_jax.data.mixture import Mixture, exact, parts
-from llamapro_jax.data.prepare import fingerprint
+from llamapro_jax.data.preparation.prepare import fingerprint
+from llamapro_jax.data.readers.documents import pieces
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llamapro_jax.compilation_cache import AUTO, enabled
 
 if TYPE_CHECKING:
-    from llamapro_jax.assessment import Request
+    from llamapro_jax.evaluation.assessment import Request
 
 HELP = "perplexity, tasks, and how far the model moved from its base"
 EXAMPLE = """\
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     for name in set(examples) - set(task_files):
         raise_error(f"--shots-from {name}={examples[name]}: no --task is called {name!r}.")
 
-    from llamapro_jax.data.documents import Content, input_files
+    from llamapro_jax.data.readers.documents import Content, input_files
 
     for path in texts.values():  # a text that is missing is found before the model is opened
         input_files(Content(path))
@@ -105,9 +105,9 @@ def _request(
     task_files: Mapping[str, str],
     examples: Mapping[str, str],
 ) -> Request:
-    from llamapro_jax.assessment import Request
-    from llamapro_jax.suite import load_suite
-    from llamapro_jax.tasks import MAX_TOKENS, read_task
+    from llamapro_jax.evaluation.assessment import Request
+    from llamapro_jax.evaluation.suite import load_suite
+    from llamapro_jax.evaluation.tasks import MAX_TOKENS, read_task
 
     options = {"shots": args.shots or 0, "limit": args.limit}
     request = Request(
@@ -132,11 +132,11 @@ def _request(
 
 
 def _run_alone(args: argparse.Namespace, request: Request) -> None:
-    from llamapro_jax.assessment import assess
-    from llamapro_jax.evaluate import as_json, as_table, default_sequence_length
+    from llamapro_jax.evaluation.assessment import assess
+    from llamapro_jax.evaluation.results_table import tasks_table
+    from llamapro_jax.evaluation.texts import as_json, as_table, default_sequence_length
     from llamapro_jax.files import write_json
     from llamapro_jax.model.api import open_model
-    from llamapro_jax.results_table import tasks_table
     from llamapro_jax.training.run_directory import RunSource
 
     options = {"dtype": args.dtype, "allow_bin": args.allow_bin}
@@ -182,12 +182,12 @@ def _run_alone(args: argparse.Namespace, request: Request) -> None:
 
 
 def _run_compared(args: argparse.Namespace, request: Request) -> None:
-    from llamapro_jax.assessment import assess_alone, prepare
-    from llamapro_jax.evaluate import as_json
+    from llamapro_jax.evaluation.assessment import assess_alone, prepare
+    from llamapro_jax.evaluation.published import SOURCE
+    from llamapro_jax.evaluation.results_table import side_by_side
+    from llamapro_jax.evaluation.texts import as_json
     from llamapro_jax.files import write_json
     from llamapro_jax.model.api import open_model
-    from llamapro_jax.published import SOURCE
-    from llamapro_jax.results_table import side_by_side
 
     paths = list(dict.fromkeys([args.model, *args.compare] if args.model else args.compare))
     # All are opened, and all questions put into their ids, before the weights of one are read.

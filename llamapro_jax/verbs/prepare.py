@@ -12,8 +12,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llamapro_jax.data.prepare import Preparation
-    from llamapro_jax.data.prepare_config import PrepareConfig
+    from llamapro_jax.data.preparation.config import PrepareConfig
+    from llamapro_jax.data.preparation.prepare import Preparation
 
 HELP = "tokenise and pack texts once, into data sets for training"
 EXAMPLE = """\
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from llamapro_jax.data.prepare_config import load_prepare_config
+    from llamapro_jax.data.preparation.config import load_prepare_config
 
     planned = preparations(load_prepare_config(args.config, args.overrides))
     # All are looked at before the first is made: files and options of another data set in the
@@ -48,8 +48,8 @@ def preparations(config: PrepareConfig) -> list[Preparation]:
 
     A hub id's tokenizer is downloaded, nothing else of the model.
     """
-    from llamapro_jax.data.documents import Content
-    from llamapro_jax.data.prepare import Preparation
+    from llamapro_jax.data.preparation.prepare import Preparation
+    from llamapro_jax.data.readers.documents import Content
     from llamapro_jax.hf import hub
     from llamapro_jax.hf.tokenizer import load_tokenizer
 
@@ -94,7 +94,7 @@ def print_table(planned: list[Preparation]) -> None:
 
 def figures(one: Preparation) -> tuple[str, ...]:
     """A row of the table. Left out are conversations, and turns at the end of them, too long."""
-    from llamapro_jax.data.prepare import read_fingerprint
+    from llamapro_jax.data.preparation.prepare import read_fingerprint
 
     record = read_fingerprint(one.directory)
     assert record is not None

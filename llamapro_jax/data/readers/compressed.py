@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from llamapro_jax.data.packages import data_package
+from llamapro_jax.data.readers.packages import data_package
 from llamapro_jax.errors import UserError
 
 _BUFFER = 2**20

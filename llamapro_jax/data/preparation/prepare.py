@@ -16,14 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from llamapro_jax.data.chat import ChatTemplate
-from llamapro_jax.data.documents import Bad, Content, Piece, input_files, pieces
-from llamapro_jax.data.identity import Identity, check_states, differences, identify, states
-from llamapro_jax.data.places import with_lines
-from llamapro_jax.data.processes import available_cores, make_pieces
-from llamapro_jax.data.progress import Display
+from llamapro_jax.data.preparation.identity import (
+    Identity,
+    check_states,
+    differences,
+    identify,
+    states,
+)
+from llamapro_jax.data.preparation.places import with_lines
+from llamapro_jax.data.preparation.processes import available_cores, make_pieces
+from llamapro_jax.data.preparation.progress import Display
+from llamapro_jax.data.preparation.shards import Counts, Recipe, Seen, Tokenizer
+from llamapro_jax.data.preparation.work import Result, Work, working
+from llamapro_jax.data.readers.documents import Bad, Content, Piece, input_files, pieces
 from llamapro_jax.data.records import SPLIT, write_metadata
-from llamapro_jax.data.shards import Counts, Recipe, Seen, Tokenizer
-from llamapro_jax.data.work import Result, Work, working
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json, require_new_directory, write_json
 from llamapro_jax.hf.tokenizer import Tokenizer as ModelTokenizer

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamapro_jax.errors import UserError
+from llamapro_jax.evaluation.progress import tracked
+from llamapro_jax.evaluation.shared_prefix import Beginning, Row, row_length, split
 from llamapro_jax.generate import (
     DECODER_CONTEXT,
     Cache,
@@ -34,8 +36,6 @@ from llamapro_jax.hf.tokenizer import Tokenizer
 from llamapro_jax.model.api import Model
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.model.precision import full_precision
-from llamapro_jax.progress import tracked
-from llamapro_jax.shared_prefix import Beginning, Row, row_length, split
 
 # Tokens whose scores over the vocabulary exist at the same time: 128 MiB of float32 at V = 131072.
 SCORES_AT_ONCE = 256

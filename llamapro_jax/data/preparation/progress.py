@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
-from llamapro_jax.data.documents import Bad
-from llamapro_jax.data.shards import Seen
+from llamapro_jax.data.preparation.shards import Seen
+from llamapro_jax.data.readers.documents import Bad
 
 _SECONDS_BETWEEN_LINES = 30
 _BAD_RECORDS_SHOWN = 5

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamapro_jax.published import published
+from llamapro_jax.evaluation.published import published
 
 Table = dict[str, list[Any]]
 

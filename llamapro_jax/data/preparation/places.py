@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llamapro_jax.data.documents import Bad
+from llamapro_jax.data.readers.documents import Bad
 
 _AT_BYTE = re.compile(r"(.*): byte (\d+)", re.DOTALL)
 _AT_ONCE = 2**20

@@ -22,7 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamapro_jax.comparison import (
+from llamapro_jax.config import load_config
+from llamapro_jax.data.packing import pack
+from llamapro_jax.data.readers.documents import Content, texts
+from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
+from llamapro_jax.errors import UserError
+from llamapro_jax.evaluation.comparison import (
     Comparison,
     Setting,
     check_base,
@@ -31,18 +36,13 @@ from llamapro_jax.comparison import (
     recorded_original,
     scaled,
 )
-from llamapro_jax.config import load_config
-from llamapro_jax.data.documents import Content, texts
-from llamapro_jax.data.packing import pack
-from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
-from llamapro_jax.errors import UserError
+from llamapro_jax.evaluation.progress import tracked
 from llamapro_jax.expansion import Segment
 from llamapro_jax.hf.tokenizer import Tokenizer
 from llamapro_jax.model.api import OpenedModel
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
 from llamapro_jax.model.precision import full_precision
-from llamapro_jax.progress import tracked
 from llamapro_jax.training import run_directory
 
 LONGEST_DEFAULT = 2048

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from llamapro_jax.data.chat import ChatTemplate, messages_of
-from llamapro_jax.data.documents import Bad, BadRecord, Piece, read
 from llamapro_jax.data.packing import pack, pack_whole
+from llamapro_jax.data.readers.documents import Bad, BadRecord, Piece, read
 from llamapro_jax.data.records import SPLIT, write_shard
 from llamapro_jax.data.rows import Row
 

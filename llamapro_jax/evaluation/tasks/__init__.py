@@ -9,14 +9,20 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.comparison import Setting
 from llamapro_jax.errors import UserError
+from llamapro_jax.evaluation.comparison import Setting
+from llamapro_jax.evaluation.scoring import generate_until, loglikelihoods
+from llamapro_jax.evaluation.tasks.choices import Question, accuracies, is_choice, question
+from llamapro_jax.evaluation.tasks.generation import (
+    MAX_TOKENS,
+    UNTIL,
+    Problem,
+    exact_matches,
+    problem,
+)
+from llamapro_jax.evaluation.tasks.records import read_records
 from llamapro_jax.hf.tokenizer import Tokenizer
 from llamapro_jax.model.api import OpenedModel
-from llamapro_jax.scoring import generate_until, loglikelihoods
-from llamapro_jax.tasks.choices import Question, accuracies, is_choice, question
-from llamapro_jax.tasks.generation import MAX_TOKENS, UNTIL, Problem, exact_matches, problem
-from llamapro_jax.tasks.records import read_records
 
 BETWEEN_EXAMPLES = "\n\n"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.tasks.records import Record
+from llamapro_jax.evaluation.tasks.records import Record
 
 UNTIL = ("Question:", "</s>", "<|im_end|>")
 MAX_TOKENS = 256

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.data.packages import data_package
+from llamapro_jax.data.readers.packages import data_package
 from llamapro_jax.errors import UserError, nearest
 from llamapro_jax.files import read_json
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.data.documents import Content
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.errors import UserError
 
 # Raise it when the same text would give other rows than before.

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamapro_jax.errors import UserError, nearest
-from llamapro_jax.suite import SuiteConfig
+from llamapro_jax.evaluation.suite import SuiteConfig
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from llamapro_jax.harness_model import HarnessModel
+    from llamapro_jax.evaluation.harness_model import HarnessModel
     from llamapro_jax.model.api import Model
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def run_harness(
     Raises UserError as `check_harness` does, and for a value out of range.
     """
     require_lm_eval()
-    from llamapro_jax.harness_model import HarnessModel
+    from llamapro_jax.evaluation.harness_model import HarnessModel
 
     _check_counts(shots, limit)
     lm = HarnessModel(model, batch_size=batch_size, new_blocks=new_blocks)
@@ -277,7 +277,7 @@ def run_suite(
     Raises UserError as `run_harness` does.
     """
     require_lm_eval()
-    from llamapro_jax.harness_model import HarnessModel
+    from llamapro_jax.evaluation.harness_model import HarnessModel
 
     _check_counts(None, limit)
     lm = HarnessModel(model, batch_size=batch_size, new_blocks=new_blocks)
@@ -346,7 +346,7 @@ def _prepare(lm: HarnessModel, name: str, task: Any, shots: int | None) -> None:
     """Sets the examples in the prompt, and checks what the task wants to be generated."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    from llamapro_jax.harness_model import Generation
+    from llamapro_jax.evaluation.harness_model import Generation
 
     own = task.get_config("num_fewshot")
     if shots is None or own == 0:
@@ -375,10 +375,10 @@ def _figures(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    """`lm_eval` with `--model llamapro`: `python -m llamapro_jax.harness --model llamapro ...`."""
+    """`lm_eval` with a model more: `python -m llamapro_jax.evaluation.harness --model llamapro`."""
     try:
         require_lm_eval()
-        importlib.import_module("llamapro_jax.harness_model")  # registers the model
+        importlib.import_module("llamapro_jax.evaluation.harness_model")  # registers the model
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()

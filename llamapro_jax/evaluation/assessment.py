@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamapro_jax import tasks as local
-from llamapro_jax.comparison import (
+from llamapro_jax.evaluation import tasks as local
+from llamapro_jax.evaluation.comparison import (
     Comparison,
     Setting,
     check_base,
@@ -15,10 +15,10 @@ from llamapro_jax.comparison import (
     compare,
     recorded_original,
 )
-from llamapro_jax.evaluate import Text, measure, read_texts
-from llamapro_jax.harness import check_harness, check_suite, run_harness, run_suite
+from llamapro_jax.evaluation.harness import check_harness, check_suite, run_harness, run_suite
+from llamapro_jax.evaluation.suite import SuiteConfig
+from llamapro_jax.evaluation.texts import Text, measure, read_texts
 from llamapro_jax.model.api import OpenedModel
-from llamapro_jax.suite import SuiteConfig
 
 
 @dataclass(frozen=True)

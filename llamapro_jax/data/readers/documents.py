@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.data import datasets_directory, parquet, suffixes
-from llamapro_jax.data.lines import read_lines, read_whole
-from llamapro_jax.data.packages import data_package
+from llamapro_jax.data.readers import datasets_directory, parquet, suffixes
+from llamapro_jax.data.readers.lines import read_lines, read_whole
+from llamapro_jax.data.readers.packages import data_package
 from llamapro_jax.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def input_files(content: Content) -> list[Path]:
     path = Path(content.path)
     match _storage(content):
         case "tfds":
-            from llamapro_jax.data import tfds_text
+            from llamapro_jax.data.readers import tfds_text
 
             return tfds_text.record_files(content.path, content.split)
         case "datasets":
@@ -268,7 +268,7 @@ def _groups(parts: Iterable[Part], piece_bytes: int) -> Iterator[tuple[Part, ...
 
 def _count_rows(content: Content) -> int:
     if content.kind == "tfds":
-        from llamapro_jax.data import tfds_text
+        from llamapro_jax.data.readers import tfds_text
 
         return tfds_text.count_rows(content.path, content.split, content.field)
     return datasets_directory.count_rows(Path(content.path), content.split, _column(content))
@@ -315,7 +315,7 @@ def _open(part: Part, content: Content) -> tuple[Iterable[_Found], Callable[[Any
 
 def _rows(part: Part, content: Content, storage: str) -> Iterator[tuple[str, Any]]:
     if storage == "tfds":
-        from llamapro_jax.data import tfds_text
+        from llamapro_jax.data.readers import tfds_text
 
         return tfds_text.read_rows(part.path, content.split, content.field, part.start, part.stop)
     return datasets_directory.read_rows(

@@ -14,9 +14,9 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from llamapro_jax.data.documents import Piece
-from llamapro_jax.data.shards import Recipe, Report, Seen
-from llamapro_jax.data.work import Result, Work
+from llamapro_jax.data.preparation.shards import Recipe, Report, Seen
+from llamapro_jax.data.preparation.work import Result, Work
+from llamapro_jax.data.readers.documents import Piece
 from llamapro_jax.errors import UserError
 
 Task = tuple[int, Piece]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamapro_jax.data.compressed import open_bytes
-from llamapro_jax.data.suffixes import COMPRESSED
+from llamapro_jax.data.readers.compressed import open_bytes
+from llamapro_jax.data.readers.suffixes import COMPRESSED
 from llamapro_jax.errors import UserError
 
 # No document is this long: what is, is no file of lines, or expands without end.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamapro_jax.errors import UserError
-from llamapro_jax.tasks.records import Record, checked_text
+from llamapro_jax.evaluation.tasks.records import Record, checked_text
 
 GOLD_FIELDS = ("gold", "answer", "label", "answerKey")
 CHOICE_FIELDS = ("choices", "endings")

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from llamapro_jax.data.packages import data_package
+from llamapro_jax.data.readers.packages import data_package
 from llamapro_jax.errors import UserError, nearest
 
 _BATCH_BYTES = 2**22

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamapro_jax.data.documents import Bad, Piece
+from llamapro_jax.data.preparation.shards import Counts, Recipe, Report, Seen, make_shards
+from llamapro_jax.data.readers.documents import Bad, Piece
 from llamapro_jax.data.records import shard_name
-from llamapro_jax.data.shards import Counts, Recipe, Report, Seen, make_shards
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json, write_json
 

@@ -20,14 +20,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llamapro_jax.data.chat import ChatTemplate
 from llamapro_jax.data.templates import CLOSE, OPEN, TemplateError, render
 from llamapro_jax.errors import UserError, nearest
-from llamapro_jax.generate import DECODER_CONTEXT
-from llamapro_jax.model.api import Model, load
-from llamapro_jax.scoring import (
+from llamapro_jax.evaluation.scoring import (
     check_batch_size,
     check_max_length,
     generate_until,
     loglikelihoods,
 )
+from llamapro_jax.generate import DECODER_CONTEXT
+from llamapro_jax.model.api import Model, load
 
 log = logging.getLogger(__name__)
 

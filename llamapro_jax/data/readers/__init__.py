@@ -1,0 +1,1 @@
+"""Sources of every kind to documents, in pieces that processes read by themselves."""
