@@ -206,7 +206,7 @@ def test_a_local_task_has_the_figures_that_lm_eval_gives_it(
             kept.append(sorted((tuple(a), tuple(b)) for a, b in pairs))
             return loglikelihoods(model, pairs, **options)
 
-        monkeypatch.setattr(f"llamapro_jax.{name}.loglikelihoods", record)
+        monkeypatch.setattr(f"llamapro_jax.evaluation.{name}.loglikelihoods", record)
     out = files / "same.json"
     task = ["--task", f"ours={data}", "--shots-from", f"ours={examples}", "--shots", 2]
     harness = ["--lm-eval", "same", "--include-path", where]
