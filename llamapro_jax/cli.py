@@ -119,7 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         with _termination_raises():
-            return verb_module(parsed.verb).run(parsed) or exit_codes.DONE
+            status = verb_module(parsed.verb).run(parsed) or exit_codes.DONE
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        # Whoever read, such as `head`, has enough; nothing is left to be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         if parsed.debug:
             raise

@@ -213,3 +213,13 @@ def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert process.returncode == 143, errors
     assert errors.endswith("stopped\n")
     assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path)
+    command = [sys.executable, "-m", "llamapro_jax.cli", "inspect", str(model), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE

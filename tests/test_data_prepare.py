@@ -14,6 +14,7 @@ from data_sources import BOS, EOS, ByteTokenizer
 from llamapro_jax.data.dataset import open_rows
 from llamapro_jax.data.preparation.prepare import prepare, read_fingerprint
 from llamapro_jax.data.readers.documents import Content
+from llamapro_jax.data.records import open_builder
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import train_tokenizer
 
@@ -185,3 +186,10 @@ def test_progress_is_plain_and_rare_without_a_terminal(
     prepare(Content(str(corpus)), ByteTokenizer(), 8, cache=tmp_path / "cache")
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and "\r" not in "".join(lines)
+
+
+def test_a_directory_of_datasets_is_no_tfds_data_set(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="is a directory of Hugging Face `datasets`.*'datasets'"):
+        open_builder(str(tmp_path))

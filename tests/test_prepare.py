@@ -387,6 +387,8 @@ def test_the_verb_prepares_all_sources_once(
     assert cli.main(["prepare", "prepare.yaml"]) == 0
     shown = capsys.readouterr().out
     assert "  - {name: prose, kind: tfds, path: sets/prose}" in shown
+    assert "  - {name: prose, kind: tfds, path: sets/prose, split: validation}" in shown
+    assert "path: sets/code, split" not in shown
     assert "documents" in shown and "padding" in shown and " 60 " in shown
     assert len(documents_of(rows_of(Path("sets/code"), 32), 1, 2)) == 20
     before = tree(project / "sets")
@@ -401,6 +403,9 @@ def test_the_verb_prepares_all_sources_once(
         ("sources.1.path=nowhere", "nowhere: no such file or directory"),
         ("tokenizer=nowhere", "nowhere: no such directory"),
         ("sources.1={name: code, path: texts, kind: chat, template: nowhere}", "template is 'nowh"),
+        ("sources.1.field=body", "texts/code.jsonl:1: has no field 'body'"),
+        ("sources.1={name: code, path: texts/code.jsonl, field: x, max_bad: 0.5}", "no field "),
+        ("sources.1={name: code, path: texts/code.jsonl, kind: chat}", "texts/code.jsonl:1: "),
     ],
 )
 def test_nothing_is_tokenised_before_all_is_checked(

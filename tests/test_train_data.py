@@ -163,9 +163,17 @@ def test_every_kind_of_source(work: Path, tmp_path: Path) -> None:
     assert lengths["chat"] == lengths["prepared"]
     training = [lengths[entry["name"]] for entry in sources]
     assert data.mixture.shares == [Fraction(n, sum(training)) for n in training]
-    found = fingerprints(config, tokenizer)
-    assert found == {where: data.fingerprints[where] for where in found}
-    assert set(data.fingerprints) - set(found) == {"sources.prepared"}
+    # A finished run compares them with those that it began with.
+    assert fingerprints(config, tokenizer) == data.fingerprints
+    before = fingerprints(config, None)
+    assert before == {"sources.prepared": data.fingerprints["sources.prepared"]}
+    prepared_chat(work, tmp_path / "other", held_out=0.5)
+    (tmp_path / "prepared").rename(tmp_path / "kept")
+    (tmp_path / "other").rename(tmp_path / "prepared")
+    after = fingerprints(config, None)
+    (tmp_path / "prepared").rename(tmp_path / "other")
+    (tmp_path / "kept").rename(tmp_path / "prepared")
+    assert after.keys() == before.keys() and after != before
     places = {where: (rows.path, rows.split) for where, rows in data.rows.items()}
     elsewhere = open_prepared(config, places, 320)
     for name, array in data.mixture.batch(5).items():

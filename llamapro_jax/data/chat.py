@@ -79,8 +79,8 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise UserError(
                 f"{tokenizer.source}: the tokenizer has no chat template (chat_template.jinja, or "
-                "chat_template in tokenizer_config.json). Put the model's there, or use llama_pro "
-                "for a model that is trained with it."
+                "chat_template in tokenizer_config.json). Put the model's there, tune it on "
+                "conversations with `template: llama_pro`, or talk to it without --chat."
             )
         return cls(f"of {tokenizer.source}", tokenizer.chat_template, tokenizer)._checked()
 

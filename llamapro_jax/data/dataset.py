@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,16 @@ def open_rows(
         _check_fingerprint(fingerprint, name, path, vocab_size, tokenizer_fingerprint)
     records = open_split(builder, path, split).data_source
     columns = Columns(builder.info.features, sequence_length)
-    digest = fingerprint["fingerprint"] if fingerprint else _digest(builder)
     rows = Rows(
-        name, path, split, records, columns, sequence_length, vocab_size, fingerprint, digest
+        name,
+        path,
+        split,
+        records,
+        columns,
+        sequence_length,
+        vocab_size,
+        fingerprint,
+        _digest(builder, fingerprint),
     )
     rows.read(range(0, len(rows), -(-len(rows) // ROWS_LOOKED_AT)))
     return rows
@@ -233,9 +240,17 @@ def open_source(
     )
 
 
-def _digest(builder: Any) -> str:
-    """Of the metadata of a data set made by others, which has the records and bytes of its shards:
-    to hash the records themselves would mean to read them all."""
+def digest_of_rows(path: str) -> str:
+    """What a data set of rows is recognised by. Raises UserError when it is absent or damaged."""
+    builder = open_builder(path)
+    return _digest(builder, read_fingerprint(builder.data_path))
+
+
+def _digest(builder: Any, fingerprint: Mapping[str, Any] | None) -> str:
+    """Its fingerprint. Of a data set made by others that of the metadata, which has the records and
+    bytes of its shards: to hash the records themselves would mean to read them all."""
+    if fingerprint is not None:
+        return fingerprint["fingerprint"]
     described = sorted(
         (name, split.shard_lengths, split.num_bytes) for name, split in builder.info.splits.items()
     )

@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf.json_format import ParseError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from llamapro_jax.data.readers.datasets_directory import is_datasets_directory
 from llamapro_jax.data.rows import DTYPES, Row
 from llamapro_jax.errors import UserError, nearest
 
@@ -203,6 +204,11 @@ def _builder_of(directory: Path) -> Any:
 
 
 def _dataset_directory(directory: Path) -> Path:
+    if is_datasets_directory(directory):
+        raise UserError(
+            f"{directory}: is a directory of Hugging Face `datasets`, not a TFDS data set; set "
+            "kind to 'datasets'."
+        )
     if (directory / "dataset_info.json").is_file():
         return directory
     found = sorted(file.parent for file in directory.glob("*/dataset_info.json"))

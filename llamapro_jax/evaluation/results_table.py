@@ -32,15 +32,18 @@ def _published(row: Mapping[str, Any]) -> Mapping[str, float]:
 
 
 def tasks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One model's tasks: a line for each setting and metric, and what is published beside it."""
-    known = list(dict.fromkeys(model for row in rows for model in _published(row)))
+    """One model's tasks: a line for each setting and metric.
+
+    Of a suite also what it has of published figures: those are of the same questions.
+    """
+    known = list(dict.fromkeys(model for row in rows for model in row.get("published") or {}))
     columns = ["task", "model", "shots", "metric", "value", "±", "questions"]
     lines = [
         [
             *(row["task"], row["model"], row["shots"], row["metric"]),
             *(_shown(row[key], row["metric"]) for key in ("value", "stderr")),
             row["count"],
-            *(_published(row).get(model) for model in known),
+            *((row.get("published") or {}).get(model) for model in known),
         ]
         for row in rows
     ]

@@ -245,8 +245,7 @@ def _check_texts_are_same(
     config: RunConfig, directory: Path, record: RunRecord, tokenizer: Tokenizer | None
 ) -> None:
     """Compares the texts, and the tokenizer, with those that the run began with."""
-    if tokenizer is not None:
-        _check_same(directory, record, fingerprints(config, tokenizer))
+    _check_same(directory, record, fingerprints(config, tokenizer))
 
 
 def _check_same(directory: Path, record: RunRecord, fingerprints: Mapping[str, str]) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from llamapro_jax.config import EvalSourceConfig, RunConfig, SourceConfig
 from llamapro_jax.data.chat import ChatTemplate
-from llamapro_jax.data.dataset import Rows, content_of, open_rows, open_source, prepared_template
+from llamapro_jax.data.dataset import (
+    Rows,
+    content_of,
+    digest_of_rows,
+    open_rows,
+    open_source,
+    prepared_template,
+)
 from llamapro_jax.data.mixture import Mixture, exact, parts
 from llamapro_jax.data.preparation.prepare import fingerprint
 from llamapro_jax.data.readers.documents import pieces
@@ -91,12 +98,17 @@ def _template(entry: SourceConfig | EvalSourceConfig, tokenizer: Tokenizer | Non
     return prepared_template(entry) if entry.kind == "tfds" else None
 
 
-def fingerprints(config: RunConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """Of each text that is prepared for the run, without preparing it. Reads all files."""
+def fingerprints(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """What each text is recognised by, without preparing it. Reads all files of texts.
+
+    Without a tokenizer only rows of tokens are recognised.
+    """
     found = {}
     for where, entry in _entries(config):
         content = content_of(entry)
-        if content is not None:
+        if content is None:
+            found[where] = digest_of_rows(entry.path)
+        elif tokenizer is not None:
             length, template = config.data.sequence_length, entry.template
             found[where] = fingerprint(content, tokenizer, length, template=template)
     return found

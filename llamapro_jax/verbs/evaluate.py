@@ -226,6 +226,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise_error("--shots-from: say with --shots how many examples to take.")
     if args.include_path and not args.lm_eval:
         raise_error("--include-path is of --lm-eval; a suite names its own.")
+    if args.max_tokens is not None and not args.task:
+        raise_error("--max-tokens is of --task; tasks of lm_eval name their own.")
+    for name in ("max_rows", "sequence_length"):
+        if getattr(args, name) is not None and not args.text:
+            raise_error(f"--{name.replace('_', '-')} is of --text; name one, or leave it out.")
     if args.json:
         check_output(args.json)
 

@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> None:
     # place of one are found now, not in hours.
     done = [one.is_done() for one in planned]
     for one, there in zip(planned, done, strict=True):
+        if not there:
+            one.check_beginning()
+    for one, there in zip(planned, done, strict=True):
         if there:
             print(f"{one.directory}: is prepared already", flush=True)
         else:
@@ -77,6 +80,8 @@ def print_table(planned: list[Preparation]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from llamapro_jax.data.preparation.shards import HELD_OUT
+
     table = Table(title="prepared", title_justify="left")
     for i, column in enumerate(
         ("source", "documents", "tokens", "rows", "padding", "bad", "left out", "where")
@@ -90,6 +95,12 @@ def print_table(planned: list[Preparation]) -> None:
     print("For a run's configuration:")
     for one in planned:
         print(f"  - {{name: {one.label}, kind: tfds, path: {one.directory}}}")
+    held_out = [one for one in planned if one.held_out > 0]
+    if held_out:
+        print("and for its data.eval:")
+    for one in held_out:
+        where = f"name: {one.label}, kind: tfds, path: {one.directory}, split: {HELD_OUT}"
+        print(f"  - {{{where}}}")
 
 
 def figures(one: Preparation) -> tuple[str, ...]:

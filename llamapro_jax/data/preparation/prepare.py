@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llamapro_jax.data.preparation.identity import (
 from llamapro_jax.data.preparation.places import with_lines
 from llamapro_jax.data.preparation.processes import available_cores, make_pieces
 from llamapro_jax.data.preparation.progress import Display
-from llamapro_jax.data.preparation.shards import Counts, Recipe, Seen, Tokenizer
+from llamapro_jax.data.preparation.shards import Counts, Recipe, Seen, Tokenizer, good_or_bad
 from llamapro_jax.data.preparation.work import Result, Work, working
 from llamapro_jax.data.readers.documents import Bad, Content, Piece, input_files, pieces
 from llamapro_jax.data.records import SPLIT, write_metadata
@@ -41,6 +42,7 @@ FINGERPRINT_FILE = "fingerprint.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 # A share of bad records is judged before the end only when so many were read.
 _RECORDS_TO_JUDGE = 1000
+_RECORDS_LOOKED_AT = 10
 # Of each data set that was ever prepared.
 _KEYS = {"fingerprint", "tokenizer", "documents", "bytes", "tokens", "targets", "largest_token"}
 
@@ -134,6 +136,16 @@ class Preparation:
             first = [Bad(**bad) for bad in record["bad_records"][:1]]
             self._check_bad(record["bad"], record["records"], first)
         return True
+
+    def check_beginning(self) -> None:
+        """Looks at the first records: a field that none has is found now and not in hours.
+
+        Raises UserError when the first is bad and none may be, and when all of some are.
+        """
+        first = list(islice(good_or_bad(self.pieces[0]), _RECORDS_LOOKED_AT))
+        bad = [one for one in first if isinstance(one, Bad)]
+        if bad and (self.max_bad == 0 or len(bad) == len(first)):
+            raise UserError(f"{bad[0].where}: {bad[0].why}")
 
     def run(self) -> Path:
         """Makes the data set unless it is there; what was finished before is not made again.

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 
 from llamapro_jax.data.preparation.shards import Seen
 from llamapro_jax.data.readers.documents import Bad
@@ -30,9 +31,10 @@ class Display:
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
-                BarColumn(),
+                BarColumn(bar_width=10),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[figures]}"),
+                # Of 80 columns they take two lines, rather than cut off the name and the share.
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),
                 console=Console(stderr=True),
                 transient=True,
             )

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamapro_jax.data.chat import ChatTemplate, messages_of
 from llamapro_jax.data.packing import pack, pack_whole
-from llamapro_jax.data.readers.documents import Bad, BadRecord, Piece, read
+from llamapro_jax.data.readers.documents import Bad, BadRecord, Piece, Record, read
 from llamapro_jax.data.records import SPLIT, write_shard
 from llamapro_jax.data.rows import Row
 
@@ -187,6 +187,17 @@ def _records(piece: Piece, meter: _Meter) -> Iterator[tuple[str, Any]]:
             yield record.where, record.value
         elif meter.first_reading:
             meter.bad(record)
+
+
+def good_or_bad(piece: Piece) -> Iterator[Record | Bad]:
+    """The records of a piece, of which a conversation that is none is bad."""
+    for record in read(piece):
+        if isinstance(record, Record) and piece.content.kind == "chat":
+            try:
+                messages_of(record.value)
+            except BadRecord as error:
+                record = Bad(record.where, str(error), record.bytes)
+        yield record
 
 
 def _batches(piece: Piece, recipe: Recipe, split: str, meter: _Meter) -> Iterator[list[str]]:

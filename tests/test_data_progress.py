@@ -1,0 +1,26 @@
+"""The progress of preparing on a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from llamapro_jax.data.preparation import progress
+from llamapro_jax.data.preparation.progress import Display
+from llamapro_jax.data.preparation.shards import Seen
+
+
+def test_name_share_and_time_fit_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80)
+    monkeypatch.setattr(progress, "Console", lambda stderr: terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Display("proof_pile_2", 4000) as display:
+        display.add(Seen(documents=12345, bytes=1000, tokens=56789012))
+        display._bar.refresh()
+        shown = screen.getvalue()
+    for figure in ("preparing proof_pile_2", "25%", "12,345 documents", "tokens/s", "left"):
+        assert figure in shown, figure
