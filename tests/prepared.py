@@ -1,4 +1,7 @@
-"""Files to prepare, and what became of them."""
+"""Files to prepare, and what became of them.
+
+    lines, small_pieces, tokenizer = fixtures()
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from data_sources import BOS, EOS
 
 from llamapro_jax.data.dataset import Rows, open_rows
+from llamapro_jax.data.preparation import prepare as engine
+from llamapro_jax.data.readers.documents import pieces
+from llamapro_jax.hf.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [f"document {i}: " + "some words that differ " * (i % 7) + str(i * i) for i in range(60)]
 
@@ -43,3 +50,22 @@ def documents_of(rows: Rows, bos: int = BOS, eos: int = EOS) -> list[list[int]]:
         documents[-1].append(token)
     assert all(document[-1] == eos for document in documents)
     return documents
+
+
+def fixtures() -> tuple[Any, Any, Any]:
+    """The fixtures `lines` (a file of TEXTS), `small_pieces` (of 500 bytes) and `tokenizer`."""
+
+    @pytest.fixture
+    def lines(tmp_path: Path) -> Path:
+        return write_lines(tmp_path / "texts" / "lines.jsonl", TEXTS)
+
+    @pytest.fixture
+    def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "pieces", lambda content: pieces(content, 500))
+
+    @pytest.fixture(scope="module")
+    def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+        words = [*TEXTS, "question answer <|user|> <|assistant|> system"]
+        return train_tokenizer(words, 320, tmp_path_factory.mktemp("tokenizer"))
+
+    return lines, small_pieces, tokenizer

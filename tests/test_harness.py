@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on our models, from data on disk, and the suites of them."""
+"""Tasks of lm-evaluation-harness on our models, from data on disk, and its own command."""
 
 from __future__ import annotations
 
@@ -9,118 +9,39 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_torch
-from models import disturbed, english, expand_to, write_with_tokenizer
+from models import english
 
 from llamapro_jax import UserError
 from llamapro_jax.evaluation import harness
-from llamapro_jax.evaluation.published import published
-from llamapro_jax.evaluation.suite import SuiteConfig, SuiteTask, load_suite
-from llamapro_jax.expansion import spread
-from llamapro_jax.hf.tokenizer import train_tokenizer
-from llamapro_jax.model.api import Model, load
+from llamapro_jax.model.api import Model
 
 pytest.importorskip("lm_eval")
 
+from harness_tasks import (  # noqa: E402
+    ANSWER,
+    CHOICE,
+    LENGTH,
+    ROLLING,
+    fixtures,
+    instances,
+    log_p,
+    questions,
+    write_task,
+)
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
 
-from llamapro_jax.evaluation.harness_model import Generation, HarnessModel  # noqa: E402
+from llamapro_jax.evaluation.harness_model import HarnessModel  # noqa: E402
 
 PAPER = Path(__file__).resolve().parent.parent / "configs" / "evaluate_llama_pro.yaml"
-LENGTH = 64
 
-CHOICE = """\
-output_type: multiple_choice
-test_split: test
-training_split: test
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
-ANSWER = """\
-output_type: generate_until
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 6, do_sample: false}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-ROLLING = """\
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-"""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    directory = tmp_path_factory.mktemp("model")
-    return load(str(write_with_tokenizer(directory, num_hidden_layers=1)))
-
-
-@pytest.fixture(scope="module")
-def lm(model: Model) -> HarnessModel:
-    return HarnessModel(model, batch_size=4)
-
-
-@pytest.fixture(autouse=True)
-def only_local_tasks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's own 14,000 tasks take seconds to index."""
-    if "slow" not in request.keywords:
-        local = lambda path: TaskManager(include_path=path, include_defaults=False)  # noqa: E731
-        monkeypatch.setattr(harness, "_all_tasks", local)
-
-
-def write_task(
-    directory: Path, name: str, settings: str, documents: Iterable[dict[str, Any]]
-) -> Path:
-    """A task whose data is a JSONL file beside it. Returns the directory."""
-    directory.mkdir(exist_ok=True)
-    data = directory / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    (directory / f"{name}.yaml").write_text(
-        f"task: {name}\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n{settings}"
-    )
-    return directory
-
-
-def questions(count: int = 6) -> list[dict[str, Any]]:
-    choices = ["cat", "green trees near water", "birds sang"]
-    return [
-        {"question": english(i, 6).strip(), "choices": choices, "answer": i % 3}
-        for i in range(count)
-    ]
-
-
-def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=a, idx=0) for a in arguments]
-
-
-def log_p(model: Model, context: list[int], answer: list[int]) -> float:
-    """By the whole forward pass, in float64 after the logits."""
-    row = (context + answer)[:-1]
-    # Padding after a token does not change its scores; one length compiles once.
-    scores = np.asarray(model.logits([row + [0] * (LENGTH - len(row))]), np.float64)[0]
-    after = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    places = range(len(context) - 1, len(context) + len(answer) - 1)
-    return float(sum(after[at, token] for at, token in zip(places, answer, strict=True)))
+model, lm, only_local_tasks = fixtures()
 
 
 # ------------------------------------------------------------------- tasks with local data
@@ -244,176 +165,6 @@ def test_groups_and_tags(model: Model, tmp_path: Path) -> None:
         harness.check_harness(["one", "both"], tasks)
     by_path = harness.run_harness(model, [str(tasks / "two.yaml")], batch_size=4)
     assert by_path == {"two": single}
-
-
-# ------------------------------------------------------------------- against transformers
-
-PAIRS = [
-    ("the cat", " sat on a mat"),
-    ("the cat ", "sat"),
-    (" the cat", " birds"),
-    ("", "the cat sat"),
-    ("  two  spaces", "   three"),
-    ("trees\n", "\n"),
-    ("def f():\n", "    return 1"),
-    ("water</s>", " trees"),
-    ("<s>the cat", " sat"),
-    ("x = {", "'é': 日本}"),
-    (english(5, 150), english(6, 8)),
-]
-
-
-def test_log_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = train_tokenizer([english(0)], 300, tmp_path)
-    peer = write_torch(tmp_path, vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
-    encode = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).encode
-    lm = HarnessModel(load(str(tmp_path)), batch_size=4)
-    values = lm.loglikelihood(instances("loglikelihood", *PAIRS), disable_tqdm=True)
-
-    def ids(text: str) -> list[int]:
-        found = encode(text, add_special_tokens=False)
-        return found if found[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *found]
-
-    for (context, answer), (value, greedy) in zip(PAIRS, values, strict=True):
-        # Spaces at the end of a context belong to the answer, as the harness has it.
-        prefix = ids(context.rstrip(" ") if context.endswith(" ") else context)
-        if context.endswith("\n"):
-            prefix = ids(context.rstrip())
-        row = ids(context + answer)
-        scored = len(row) - len(prefix)
-        row = row[-(LENGTH + 1) :]
-        with torch.no_grad():
-            scores = peer(torch.tensor([row[:-1]])).logits[0, -scored:]
-        targets = torch.tensor(row[-scored:])
-        expected = torch.log_softmax(scores, -1)[torch.arange(scored), targets].sum()
-        assert value == pytest.approx(float(expected), abs=1e-4), (context, answer)
-        assert greedy == bool((scores.argmax(-1) == targets).all())
-
-
-def test_what_greedy_decoding_gives_is_greedy(model: Model, lm: HarnessModel) -> None:
-    tokenizer = model.require_tokenizer()
-    prompts = [tokenizer.encode(english(i, 5)) for i in range(4)]
-    made = [(prompt, model.generate(prompt, max_tokens=3)) for prompt in prompts]
-    greedy = [(prompt, ids) for prompt, ids in made if ids]
-    changed = [(prompt, [*ids[:-1], (ids[-1] + 1) % 300]) for prompt, ids in greedy]
-    assert len(greedy) >= 3
-    found = lm._loglikelihood_tokens([("", *pair) for pair in greedy + changed])
-    assert [best for _, best in found] == [True] * len(greedy) + [False] * len(greedy)
-
-
-def test_a_context_that_ends_within_a_token(model: Model, lm: HarnessModel) -> None:
-    tokenizer = model.require_tokenizer()
-    whole = tokenizer.encode("the cat")
-    assert len(tokenizer.encode("the ca")) >= len(whole)
-    expected = log_p(model, whole[:-1], whole[-1:])
-    ((value, _),) = lm.loglikelihood(instances("loglikelihood", ("the ca", "t")), disable_tqdm=True)
-    assert value == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(UserError, match="answer '' after 'the cat' adds no token"):
-        lm.loglikelihood(instances("loglikelihood", ("the cat", "")), disable_tqdm=True)
-
-
-def test_without_new_blocks_it_is_the_base(tmp_path: Path) -> None:
-    base = write_with_tokenizer(tmp_path / "base", num_hidden_layers=1)
-    grown = disturbed(load(str(expand_to(base, tmp_path / "grown", spread(1, 1)))))
-    requests = instances("loglikelihood", *PAIRS[:3])
-
-    def values(model: Model, **options: Any) -> list[tuple[float, bool]]:
-        lm = HarnessModel(model, batch_size=4, **options)
-        return lm.loglikelihood(requests, disable_tqdm=True)
-
-    assert values(grown, new_blocks=False) == values(load(str(base))) != values(grown)
-
-
-# ------------------------------------------------------------------- generation
-
-
-def test_texts_are_those_of_generate(model: Model, lm: HarnessModel) -> None:
-    prompts = ["the cat sat", "a", " green trees", english(3, 60)]
-    options = [{"max_gen_toks": n, "until": []} for n in (6, 6, 4, 6)]
-    made = lm.generate_until(instances("generate_until", *zip(prompts, options, strict=True)))
-    ids = model.require_tokenizer().encode(prompts[3])[6 - LENGTH :]
-    for prompt, option, text in zip(prompts[:3], options, made, strict=False):
-        assert text == model.generate(prompt, max_tokens=option["max_gen_toks"])
-    tail = model.require_tokenizer().decode(model.generate(ids, max_tokens=6))
-    assert made[3].strip() == tail.strip()
-
-
-def test_a_text_ends_before_a_stop(model: Model, lm: HarnessModel) -> None:
-    whole = model.generate("the cat sat", max_tokens=12)
-    stop = whole[4:6]
-    for until in (stop, ["never", stop, ""]):
-        (text,) = lm.generate_until(
-            instances("generate_until", ("the cat sat", {"until": until, "max_gen_toks": 12}))
-        )
-        assert text == whole[: whole.index(stop)]
-
-
-def test_sampled_texts_differ_and_come_again(lm: HarnessModel) -> None:
-    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-    requests = instances("generate_until", *[("the cat", options)] * 3)
-    first = lm.generate_until(requests)
-    assert len(set(first)) == 3 and lm.generate_until(requests) == first
-    stop = first[0][2]
-    (text,) = lm.generate_until(
-        instances("generate_until", ("the cat", {**options, "until": [stop]}))
-    )
-    assert text == first[0][: first[0].index(stop)]
-
-
-def test_what_tasks_say_of_generation(lm: HarnessModel, caplog: pytest.LogCaptureFixture) -> None:
-    assert Generation.of({}) == Generation((), 256, 0.0)
-    given = {"until": "\n", "max_new_tokens": 9, "do_sample": False, "temperature": 0.7}
-    assert Generation.of(given) == Generation(("\n",), 9, 0.0)
-    given = {"until": ["", "a"], "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
-    assert Generation.of(given) == Generation(("a",), 256, 0.7, 5, 0.9)
-    assert Generation.of({"num_beams": 1}) == Generation() and not caplog.records
-    options = {"num_beams": 4, "max_gen_toks": 1}
-    lm.generate_until(instances("generate_until", *[("the cat", options)] * 3))
-    (warning,) = caplog.records
-    assert "{'num_beams': 4} have no effect" in warning.getMessage()
-
-
-def test_longer_texts_than_the_model_has_positions_for(model: Model, tmp_path: Path) -> None:
-    settings = ANSWER.replace("max_gen_toks: 6", "max_gen_toks: 64")
-    tasks = write_task(tmp_path / "tasks", "long", settings, [{"question": "a", "answer": "b"}])
-    with pytest.raises(UserError, match=r"long: max_gen_toks is 64; it must be from 1 to 63"):
-        harness.run_harness(model, ["long"], include_path=tasks)
-
-
-# ------------------------------------------------------------------- chats
-
-REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-PLAIN = "{{ bos_token }}{% for m in messages %}{{ m['content'] }};{% endfor %}"
-
-
-def test_chats(model: Model) -> None:
-    lm = HarnessModel(model, template="llama_pro")
-    messages = [{"role": "user", "content": "the cat"}]
-    prompt = lm.apply_chat_template(messages)
-    assert prompt == "<s><|user|>\nthe cat\n<|assistant|>\n"
-    assert lm.tok_encode(prompt).count(model.require_tokenizer().bos_id) == 1
-    opened = [*messages, {"role": "assistant", "content": "The answer is"}]
-    assert lm.apply_chat_template(opened, False) == f"{prompt}The answer is"
-    assert "generation" in str(lm.chat_template(True)) and lm.chat_template(False) is None
-    assert lm.tokenizer_name != HarnessModel(model, template="llama_pro").tokenizer_name[:-1]
-
-
-def test_a_model_without_a_template(lm: HarnessModel) -> None:
-    with pytest.raises(UserError, match="has no chat template.*llama_pro"):
-        lm.apply_chat_template([{"role": "user", "content": "a"}])
-
-
-def test_a_template_without_a_system_role(tmp_path: Path, caplog: Any) -> None:
-    path = write_with_tokenizer(tmp_path, num_hidden_layers=1)
-    (path / "chat_template.jinja").write_text(REFUSES + PLAIN)
-    lm = HarnessModel(str(path))
-    user, system = ({"role": role, "content": role} for role in ("user", "system"))
-    assert lm.apply_chat_template([user]) == "<s>user;"
-    assert lm.apply_chat_template([system, user]) == "<s>user;"
-    assert "no system" in caplog.text
 
 
 # ------------------------------------------------------------------- under lm_eval's own command
@@ -560,110 +311,6 @@ def test_code_is_executed_only_when_allowed(asked: str, tmp_path: Path) -> None:
 def test_counts_out_of_range(model: Model, options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(options))} is"):
         harness.run_harness(model, ["any"], **options)
-
-
-# ------------------------------------------------------------------- suites
-
-
-def test_a_suite_gives_a_row_for_each_task(model: Model, tmp_path: Path, caplog: Any) -> None:
-    tasks = tmp_path / "tasks"
-    write_task(tasks, "animals", CHOICE, questions())
-    write_task(tasks, "whole", ROLLING, [{"text": english(1, 4)}])
-    suite = SuiteConfig(
-        (
-            SuiteTask("whole", "bits_per_byte"),
-            SuiteTask("animals", "acc_norm", 1, {"LLaMA 2 7B": 53.0}),
-        ),
-        str(tasks),
-    )
-    harness.check_suite(suite)
-    options = {"include_path": tasks, "batch_size": 4}
-    rows = harness.run_suite(model, suite, batch_size=4)
-    whole = harness.run_harness(model, ["whole"], **options)["whole"]
-    animals = harness.run_harness(model, ["animals"], shots=1, **options)["animals"]
-    assert rows == [
-        {
-            "task": "whole",
-            "shots": None,
-            "metric": "bits_per_byte",
-            "value": whole["bits_per_byte"],
-            "stderr": None,
-            "published": {},
-        },
-        {
-            "task": "animals",
-            "shots": 1,
-            "metric": "acc_norm",
-            "value": animals["acc_norm"],
-            "stderr": animals["acc_norm_stderr"],
-            "published": {"LLaMA 2 7B": 53.0},
-        },
-    ]
-    (row,) = harness.run_suite(model, SuiteConfig((SuiteTask("whole", "acc"),), str(tasks)))
-    assert row["value"] is None and "whole: has no acc, but word_perplexity" in caplog.text
-
-
-def test_a_suite_with_mistakes(tmp_path: Path) -> None:
-    path = tmp_path / "suite.yaml"
-    path.write_text(
-        "include_path: nowhere\ntasks:\n  - {name: a, metric: acc, shots: -1}\n"
-        "  - {name: a, metric: acc, published: {us: 101}}\n"
-    )
-    with pytest.raises(UserError) as error:
-        load_suite(path)
-    for message in (
-        "suite.yaml:1: include_path: 'nowhere' is not a directory",
-        "suite.yaml:3: tasks.0.shots: is -1",
-        "suite.yaml:4: tasks.1.published.us: is 101.0",
-        "suite.yaml:4: tasks.1.name: 'a' is given twice",
-    ):
-        assert message in str(error.value)
-    path.write_text("tasks: []\n")
-    with pytest.raises(UserError, match="tasks: is empty"):
-        load_suite(path)
-
-
-def test_the_suite_of_the_paper() -> None:
-    suite = load_suite(PAPER)
-    shots = {task.name: task.shots for task in suite.tasks}
-    assert shots == {
-        "arc_challenge": 25,
-        "hellaswag": 10,
-        "mmlu": 5,
-        "truthfulqa_mc2": 0,
-        "winogrande": 5,
-        "gsm8k": 5,
-        "humaneval": 0,
-        "mbpp": 3,
-    }
-    for task in suite.tasks:
-        figures = dict(task.published or {})
-        assert published(task.name, task.metric).items() <= figures.items()
-        assert len(figures) == (3 if task.name == "mbpp" else 5)
-
-
-@pytest.mark.slow
-def test_the_tasks_of_the_paper_are_in_the_harness() -> None:
-    suite = load_suite(PAPER)
-    names = [task.name for task in suite.tasks]
-    manager = harness._manager(names, None)
-    unsafe = [name for task in names for name in harness._unsafe(manager, task)]
-    assert unsafe == ["humaneval", "mbpp"]
-    with pytest.raises(UserError, match="humaneval, mbpp: executes the code"):
-        harness.check_suite(suite)
-    with pytest.raises(UserError, match="arc_challenge: its data cannot be read"):
-        harness.check_harness(["arc_challenge"])
-    with pytest.raises(UserError, match="Did you mean 'hellaswag'"):
-        harness.check_harness(["helaswag"])
-    for task in suite.tasks:
-        config = manager.task_index[task.name].cfg
-        metrics = [one["metric"] for one in config.get("metric_list", [])]
-        metrics += [one["metric"] for one in config.get("aggregate_metric_list", [])]
-        filters = [one["name"] for one in config.get("filter_list", [])] or ["none"]
-        metric, _, filtered = task.metric.partition(",")
-        # A metric that is a function goes by the name of the function, or by what it returns.
-        assert metric in metrics or any(str(m).startswith("/") for m in metrics)
-        assert (filtered or "none") in filters
 
 
 def test_the_harness_is_not_imported_before_it_is_used() -> None:

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from data_sources import ByteTokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prepared import TEXTS, documents_of, rows_of, tree, write_lines
+from prepared import TEXTS, documents_of, fixtures, rows_of, tree, write_lines
 
 from llamapro_jax import cli
 from llamapro_jax.data import records
@@ -30,23 +30,9 @@ from llamapro_jax.data.preparation.prepare import (
 )
 from llamapro_jax.data.readers.documents import Content, pieces
 from llamapro_jax.errors import UserError
-from llamapro_jax.hf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llamapro_jax.hf.tokenizer import Tokenizer, load_tokenizer
 
-
-@pytest.fixture
-def lines(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "texts" / "lines.jsonl", TEXTS)
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "pieces", lambda content: pieces(content, 500))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    words = [*TEXTS, "question answer <|user|> <|assistant|> system"]
-    return train_tokenizer(words, 320, tmp_path_factory.mktemp("tokenizer"))
+lines, small_pieces, tokenizer = fixtures()
 
 
 # ------------------------------------------------------------------- rows and files

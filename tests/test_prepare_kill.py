@@ -14,30 +14,16 @@ from typing import Any
 
 import pytest
 from data_sources import BOS, EOS, ByteTokenizer
-from prepared import TEXTS, tree, write_lines
+from prepared import TEXTS, fixtures, tree, write_lines
 
 from llamapro_jax.data.preparation import prepare as engine
 from llamapro_jax.data.preparation.prepare import Preparation, prepare
 from llamapro_jax.data.preparation.work import working
-from llamapro_jax.data.readers.documents import Content, pieces
+from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.errors import UserError
-from llamapro_jax.hf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llamapro_jax.hf.tokenizer import Tokenizer, load_tokenizer
 
-
-@pytest.fixture
-def lines(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "texts" / "lines.jsonl", TEXTS)
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "pieces", lambda content: pieces(content, 500))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    words = [*TEXTS, "question answer <|user|> <|assistant|> system"]
-    return train_tokenizer(words, 320, tmp_path_factory.mktemp("tokenizer"))
+lines, small_pieces, tokenizer = fixtures()
 
 
 def test_processes_change_no_byte(

@@ -63,7 +63,7 @@ class Prepared:
 
 @dataclass
 class Results:
-    """texts: as `evaluate.evaluate` returns them. tasks: a dict for each task, setting and metric,
+    """texts: as `texts.evaluate` returns them. tasks: a dict for each task, setting and metric,
     as `tasks.measure_task` has it; those of a suite have `published` too."""
 
     texts: list[dict[str, Any]]
@@ -92,7 +92,7 @@ def assess(
 ) -> Results:
     """Measures a model with its new blocks on and off, at the strengths between, and its base.
 
-    strengths and base are those of `evaluate.evaluate`. Raises UserError as `prepare` does, before
+    strengths and base are those of `texts.evaluate`. Raises UserError as `prepare` does, before
     any parameter is read.
     """
     check_strengths(model, strengths)

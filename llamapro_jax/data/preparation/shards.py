@@ -181,7 +181,7 @@ class _Meter:
 
 def _records(piece: Piece, meter: _Meter) -> Iterator[tuple[str, Any]]:
     """(where, value) of the good ones."""
-    for record in read(piece):
+    for record in good_or_bad(piece):
         meter.read(record.bytes)
         if not isinstance(record, Bad):
             yield record.where, record.value
@@ -190,11 +190,11 @@ def _records(piece: Piece, meter: _Meter) -> Iterator[tuple[str, Any]]:
 
 
 def good_or_bad(piece: Piece) -> Iterator[Record | Bad]:
-    """The records of a piece, of which a conversation that is none is bad."""
+    """The records of a piece; of kind `chat` the messages, and what has none is bad."""
     for record in read(piece):
         if isinstance(record, Record) and piece.content.kind == "chat":
             try:
-                messages_of(record.value)
+                record = dataclasses.replace(record, value=messages_of(record.value))
             except BadRecord as error:
                 record = Bad(record.where, str(error), record.bytes)
         yield record
@@ -235,15 +235,9 @@ def _conversations(
     piece: Piece, recipe: Recipe, split: str, counts: Counts, meter: _Meter
 ) -> Iterator[Example]:
     template = ChatTemplate.load(recipe.template, recipe.tokenizer)
-    for number, (where, value) in enumerate(_records(piece, meter), start=1):
+    for number, (where, messages) in enumerate(_records(piece, meter), start=1):
         if number % _CONVERSATIONS_AT_ONCE == 0:
             meter.flush()
-        try:
-            messages = messages_of(value)
-        except BadRecord as error:
-            if meter.first_reading:
-                meter.bad(Bad(where, str(error)))
-            continue
         if recipe.split_of(json.dumps(messages, sort_keys=True)) != split:
             continue
         try:
