@@ -23,6 +23,7 @@ from llamapro_jax.exit_codes import (
     INTERRUPTED,
     PREEMPTED,
     REFUSED,
+    TAKEN_OVER,
     TERMINATED,
 )
 from llamapro_jax.launch.processes import ADDRESS, COUNT, INDEX, free_port
@@ -38,7 +39,7 @@ _GRACE = 60
 _SHOWN_LINES = 40
 # What process 0 has said for all. Not STALLED: the stacks of each process are its own, and those
 # of the one that hung may be nowhere else.
-_SAID = (REFUSED, PREEMPTED, CHECKPOINT_LOST, INTERRUPTED, TERMINATED)
+_SAID = (REFUSED, PREEMPTED, CHECKPOINT_LOST, TAKEN_OVER, INTERRUPTED, TERMINATED)
 
 
 def environment(

@@ -48,8 +48,9 @@ from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
 from llamapro_jax.sharding import build_mesh, check_model
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
 from llamapro_jax.sources import FlaxSource, Source, open_source
+from llamapro_jax.training.events import LENGTHENED, TAKEN_OVER, record_event
 from llamapro_jax.training.fit import check_rows
-from llamapro_jax.training.lock import RunLock, taken
+from llamapro_jax.training.lease import Lease, taken
 from llamapro_jax.training.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -104,8 +105,8 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     return read_json(summary)
 
 
-def prepare(config: RunConfig, lock: RunLock) -> Setup:
-    """Opens the model, the texts and the run directory, and takes the lock of the latter.
+def prepare(config: RunConfig, lease: Lease) -> Setup:
+    """Opens the model, the texts and the run directory, and takes the lease of the latter.
 
     `config` is valid and `finished(config)` raised nothing. All processes of the run call this.
     Raises UserError for all bad input, when another run trains in the directory, and when this
@@ -114,7 +115,7 @@ def prepare(config: RunConfig, lock: RunLock) -> Setup:
     prepared: list[Setup] = []
 
     def first() -> dict[str, Any]:
-        setup = _prepare(config, lock)
+        setup = _prepare(config, lease)
         prepared.append(setup)
         token = uuid.uuid4().hex
         if count() > 1:
@@ -129,7 +130,7 @@ def prepare(config: RunConfig, lock: RunLock) -> Setup:
     return prepared[0] if prepared else _follow(config, told)
 
 
-def _prepare(config: RunConfig, lock: RunLock) -> Setup:
+def _prepare(config: RunConfig, lease: Lease) -> Setup:
     directory = Path(config.output)
     mesh = build_mesh(config.mesh)
     source = open_source(config.model, masters=True)
@@ -141,16 +142,23 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     tokenizer = _tokenizer(source.directory)
     template = check_texts(config, tokenizer)
     if not is_run(directory):
-        _create(config, directory, source, tokenizer, template, lock)
+        _create(config, directory, source, tokenizer, template, lease)
+        lease.take(directory)
         record = RunRecord.read(directory)
         data = open_data(config, directory, source.config.vocab_size, tokenizer)
     else:
-        lock.take(directory)
+        # Who asks another run to end has shown before that it can go on in its place.
+        if not lease.takeover:
+            _take(lease, directory)
         record = _check_model(directory, source)
+        _check_tokenizer(directory, source, tokenizer)
         _check_texts_are_same(config, directory, record, tokenizer)
+        if lease.takeover:
+            _take(lease, directory)
         data = open_data(config, directory, source.config.vocab_size, tokenizer)
         _check_same(directory, record, data.fingerprints)
         check_not_lost(directory / CHECKPOINTS)
+        _note_length(config, directory)
         record = _update(config, directory, record)
     steps = committed_steps(directory / CHECKPOINTS)
     return Setup(config, directory, source, record, data, steps[-1] if steps else None, mesh)
@@ -182,6 +190,14 @@ def _wait_for_start(directory: Path, token: str) -> None:
         time.sleep(0.2)
 
 
+def _take(lease: Lease, directory: Path) -> None:
+    former = lease.take(directory)
+    if former is not None:
+        step = max(committed_steps(directory / CHECKPOINTS), default=0)
+        print(f"{directory}: takes over from {former}, at step {step}", flush=True)
+        record_event(directory, TAKEN_OVER, step, former=former)
+
+
 # ------------------------------------------------------------------- checks
 
 
@@ -209,9 +225,12 @@ def _check_attention(config: RunConfig, source: Source, mesh: Mesh) -> None:
 
 
 def _check_config(config: RunConfig, directory: Path) -> None:
+    before = load_config(directory / CONFIG_FILE)
     # Whether the model is the same is a matter of its fingerprint, not of its path.
-    may_change = (*MAY_CHANGE_ON_RESUME, "model")
-    lines = changed(load_config(directory / CONFIG_FILE), config, may_change)
+    may_change = [*MAY_CHANGE_ON_RESUME, "model"]
+    if config.training.steps > before.training.steps:
+        may_change.append("training.steps")
+    lines = changed(before, config, may_change)
     if lines:
         raise UserError(
             f"{directory}: holds a run that began with other settings:\n  "
@@ -241,6 +260,16 @@ def _check_model(directory: Path, source: Source) -> RunRecord:
     return record
 
 
+def _check_tokenizer(directory: Path, source: Source, tokenizer: Tokenizer | None) -> None:
+    before, now = (one.fingerprint if one else None for one in (_tokenizer(directory), tokenizer))
+    if now != before:
+        has, had = (one[:12] if one else "none" for one in (now, before))
+        raise UserError(
+            f"{directory}: holds a run with another tokenizer: that of {source.path} has "
+            f"fingerprint {has}, the run began with {had}. Put it back, or name another output."
+        )
+
+
 def _check_texts_are_same(
     config: RunConfig, directory: Path, record: RunRecord, tokenizer: Tokenizer | None
 ) -> None:
@@ -251,10 +280,13 @@ def _check_texts_are_same(
 def _check_same(directory: Path, record: RunRecord, fingerprints: Mapping[str, str]) -> None:
     for name, fingerprint in fingerprints.items():
         # None: of a data set made by others nothing was recorded once.
-        if record.data.get(name) not in (None, fingerprint):
+        before = record.data.get(name)
+        if before not in (None, fingerprint):
             raise UserError(
                 f"data.{name}: its text or tokenizer changed since the run in {directory} began, "
-                "which then would not read the same rows. Put it back, or name another output."
+                "which then would not read the same rows: its fingerprint was "
+                f"{str(before)[:12]}, and is {fingerprint[:12]}. Put it back, or name another "
+                "output."
             )
 
 
@@ -268,6 +300,21 @@ def _place(model: str) -> str:
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return load_tokenizer(directory) if find_tokenizer(directory) else None
+
+
+def _note_length(config: RunConfig, directory: Path) -> None:
+    """Of a run that is to become longer than it was begun as: says so, and that it is not done."""
+    before, now = load_config(directory / CONFIG_FILE).training.steps, config.training.steps
+    if now == before:
+        return
+    step = max(committed_steps(directory / CHECKPOINTS), default=0)
+    print(
+        f"{directory}: goes on to step {now} instead of {before}; from step {step} on the learning "
+        f"rates are those of a run of {now} steps",
+        flush=True,
+    )
+    record_event(directory, LENGTHENED, step, before=before, now=now)
+    (directory / SUMMARY_FILE).unlink(missing_ok=True)
 
 
 def _update(config: RunConfig, directory: Path, record: RunRecord) -> RunRecord:
@@ -284,10 +331,10 @@ def _create(
     source: Source,
     tokenizer: Tokenizer | None,
     template: str | None,
-    lock: RunLock,
+    lease: Lease,
 ) -> None:
     try:
-        _write_new(config, directory, source, tokenizer, template, lock)
+        _write_new(config, directory, source, tokenizer, template, lease)
     except (OSError, UserError):
         if is_run(directory):  # The same command, at the same time, was first.
             raise taken(directory) from None
@@ -300,10 +347,10 @@ def _write_new(
     source: Source,
     tokenizer: Tokenizer | None,
     template: str | None,
-    lock: RunLock,
+    lease: Lease,
 ) -> None:
     with atomic_directory(directory) as temporary:
-        lock.take(temporary)
+        lease.lock.take(temporary)
         data = open_data(config, temporary, source.config.vocab_size, tokenizer)
         fingerprint = source.fingerprint()
         trained = lineage_entry(
