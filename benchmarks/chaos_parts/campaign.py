@@ -118,13 +118,27 @@ class Campaign:
                 self.settle(lap, group)
                 while waiting and waiting[0] is not ending:
                     fault = waiting.popleft()
-                    self.try_to(lap, group, fault, self.during, running.DURING[fault.kind])
+                    act = running.DURING[fault.kind]
+                    outcome = self.try_to(lap, group, fault, self.during, act)
+                    if outcome and outcome.ended:
+                        self.again(waiting, ending)
+                        return self.ended_of(lap, group, outcome)
                 if waiting and self.end(lap, group, waiting.popleft()):
                     return False
             except Ended:
-                for fault in reversed(waiting):
-                    (self.ending if fault is ending else self.during).back(fault)
+                self.again(waiting, ending)
             return self.ended(lap, group)
+
+    def again(self, waiting: deque[Fault], ending: Fault | None) -> None:
+        """The processes ended before these had their turn."""
+        for fault in reversed(waiting):
+            (self.ending if fault is ending else self.during).back(fault)
+
+    def ended_of(self, lap: Lap, group: Group, outcome: Outcome) -> bool:
+        """The processes ended of a fault, whose recovery shows in the next go."""
+        lap.ended(group)
+        lap.open = [outcome]
+        return False
 
     def some_during(self) -> list[Fault]:
         """What is hit while the step is compiled comes first."""
@@ -229,11 +243,7 @@ class Campaign:
             return running.ENDING[fault.kind](lap, group, fault)
 
         outcome = self.try_to(lap, group, fault, self.ending, act)
-        if outcome is None:
-            return False
-        lap.ended(group)
-        lap.open = [outcome]
-        return True
+        return outcome is not None and not self.ended_of(lap, group, outcome)
 
     def ended(self, lap: Lap, group: Group) -> bool:
         """When nothing is left to do to it. Returns whether the run is finished."""
@@ -253,13 +263,12 @@ class Campaign:
             return group
 
         outcome, group = running.bad_record(lap, start, fault)
-        lap.ended(group)
         if outcome is None:
+            lap.ended(group)
             self.ending.back(fault)
             return True
-        lap.open = [outcome]
         self.tell(lap, fault)
-        return False
+        return self.ended_of(lap, group, outcome)
 
     # ----------------------------------------------------------------- other laps
 
@@ -288,10 +297,8 @@ class Campaign:
                     outcome = self.try_to(lap, group, fault, self.disk, running.disk_full)
                     if outcome is None:
                         break
-                    if outcome.statuses:
-                        lap.ended(group)
-                        lap.open = [outcome]
-                        return False
+                    if outcome.ended:
+                        return self.ended_of(lap, group, outcome)
             return self.ended(lap, group)
 
     def nan_go(self, lap: Lap) -> bool:

@@ -21,11 +21,12 @@ from llamapro_jax.launch.processes import free_port
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).resolve().parent / "driver.py"
 
-# Seconds. After a process died the launcher ends the others: what a scheduler does.
-GRACE = 10.0
+# Seconds. When a process has ended, the launcher gives the others so long to end as well; when it
+# was killed, less: schedulers end the others then.
+GRACE, GRACE_KILLED = 60.0, 10.0
 # Nothing that the campaign waits for takes so long, on a machine that does other work as well.
 PATIENCE = 400.0
-_TICK = 0.001
+_TICK = 0.002
 # How a line begins that jax writes with JAX_LOG_COMPILES; of most functions they are not kept.
 _COMPILES = "WARNING:jax._src"
 # Below this many bytes are the log and everything small; the files of large arrays are above.
@@ -92,12 +93,12 @@ class _Process:
         yield from (line.decode(errors="replace") for line in lines)
 
     def stands(self) -> bool:
-        """Whether it is stopped, or has ended."""
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return True
-        return stat.rpartition(")")[2].split()[0] in "TtZX"
+        """Whether all its threads are stopped, or it has ended."""
+        with suppress(OSError):
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                if (task / "stat").read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                    return False
+        return True
 
     def close(self) -> None:
         if self._popen.poll() is None:

@@ -22,7 +22,8 @@ class Outcome:
     seen: `recovered`, `survived` (the processes went on), `refused`, `without effect` or
     `impossible` (not on this machine). statuses: of all processes, where they ended. detected,
     recovered: seconds; until the processes had ended, or had refused; and from the next start until
-    the step was compiled, or, of processes that went on, until the next step. lost: steps that
+    the step was compiled, or, of processes that went on, until the next step. ended: whether
+    processes ended that might have gone on. lost: steps that
     were saved and are not gone on from. again: steps that are taken once more. wrong: what should
     not be.
     """
@@ -33,6 +34,7 @@ class Outcome:
     statuses: list[int] = field(default_factory=list)
     detected: float | None = None
     recovered: float | None = None
+    ended: bool = False
     lost: int = 0
     again: int | None = None
     what: str = ""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from benchmarks.chaos_parts import plan
 from benchmarks.chaos_parts.damage import records
-from benchmarks.chaos_parts.group import PATIENCE, Ended, Group
+from benchmarks.chaos_parts.group import GRACE_KILLED, PATIENCE, Ended, Group
 from benchmarks.chaos_parts.lap import Lap
 from benchmarks.chaos_parts.material import STEPS
 from benchmarks.chaos_parts.phases import COMPILE, READY, STEP, reach
@@ -16,6 +16,7 @@ from benchmarks.chaos_parts.plan import Fault
 from benchmarks.chaos_parts.results import Outcome
 from llamapro_jax import exit_codes
 from llamapro_jax.checkpoint_files import ITEMS, read_meta
+from llamapro_jax.training.lease import RENEW, REQUEST_FILE
 
 # Seconds that a process is stopped, without anybody ending it.
 _PAUSES = (0.5, 3.0)
@@ -86,11 +87,26 @@ def save_fails(lap: Lap, group: Group, fault: Fault) -> Outcome:
     group.until(lambda: group.times_said(NOT_SAVED) > before)
     outcome.detected = time.monotonic() - began
     group.limit_files([])
-    newest = lap.outside.committed()[-1:]
-    group.until(lambda: lap.outside.committed()[-1:] > newest)
-    outcome.recovered = time.monotonic() - began - outcome.detected
-    outcome.seen = "survived"
+    return saves_again(lap, group, outcome)
+
+
+def saves_again(lap: Lap, group: Group, outcome: Outcome) -> Outcome:
+    """After a save that failed, and now could be written: the next one is, or has failed too."""
+    began, newest = time.monotonic(), lap.outside.committed()[-1:]
+    try:
+        group.until(lambda: lap.outside.committed()[-1:] > newest)
+        outcome.recovered = time.monotonic() - began
+        outcome.seen = "survived"
+    except Ended:  # the next save, or the log, was faster than who made room
+        refused(group, outcome)
     return outcome
+
+
+def refused(group: Group, outcome: Outcome) -> None:
+    """The processes have ended, of what the system did not give."""
+    outcome.ended, outcome.statuses = True, group.wait()
+    outcome.seen = "refused, then recovered"
+    _expect(outcome, group, outcome.statuses == [exit_codes.REFUSED] * group.layout)
 
 
 def disk_full(lap: Lap, group: Group, fault: Fault) -> Outcome:
@@ -106,23 +122,14 @@ def disk_full(lap: Lap, group: Group, fault: Fault) -> Outcome:
     lap.space.fill(needed // 2 if fault.where == "before a save" else needed + 100_000)
     began, before = time.monotonic(), group.times_said(NOT_SAVED)
     group.thaw()
-    outcome.seen = "survived"
     try:
         group.until(lambda: group.times_said(NOT_SAVED) > before)
         outcome.detected = time.monotonic() - began
-        lap.space.make_room()
-        newest = lap.outside.committed()[-1:]
-        group.until(lambda: lap.outside.committed()[-1:] > newest)
-        outcome.recovered = time.monotonic() - began - outcome.detected
-    except Ended:  # the log, or the next save, met the full disk before there was room
-        outcome.statuses = group.wait()
-        outcome.detected = outcome.detected or time.monotonic() - began
-        outcome.seen = "refused, then recovered"
-        refused = outcome.statuses == [exit_codes.REFUSED] * group.layout
-        _expect(outcome, group, refused)
-    finally:
-        lap.space.make_room()
-    return outcome
+    except Ended:
+        refused(group, outcome)
+        outcome.detected = time.monotonic() - began
+    lap.space.make_room()
+    return outcome if outcome.ended else saves_again(lap, group, outcome)
 
 
 def _bytes_of_a_step(lap: Lap) -> int:
@@ -145,8 +152,8 @@ def second_writer(lap: Lap, group: Group, fault: Fault) -> Outcome:
         statuses = second.wait()
         outcome.detected = time.monotonic() - second.began
         outcome.statuses = statuses
-        refused = second.said("another process trains here") is not None
-        if statuses != [exit_codes.REFUSED] or not refused:
+        told = second.said("another process trains here") is not None
+        if statuses != [exit_codes.REFUSED] or not told:
             outcome.wrong.append(f"the second ended with {statuses}: {second.last()}")
     group.thaw()
     outcome.recovered = goes_on(lap, group)
@@ -166,7 +173,7 @@ def end_by_signal(lap: Lap, group: Group, fault: Fault) -> Outcome:
     began = time.monotonic()
     group.signal(process, signal.SIGKILL if kill else signal.SIGTERM)
     group.thaw()
-    outcome.statuses = group.wait()
+    outcome.statuses = group.wait(**({"grace": GRACE_KILLED} if kill else {}))
     outcome.detected = time.monotonic() - began
     saved = lap.outside.committed()[-1:]
     if kill:
@@ -187,7 +194,7 @@ def dead_host(lap: Lap, group: Group, fault: Fault) -> Outcome:
     outcome = lap.outcome(fault, group.layout)
     began = time.monotonic()
     group.thaw(but=[process])
-    outcome.statuses = group.wait()
+    outcome.statuses = group.wait(GRACE_KILLED)
     outcome.detected = min(p.ended_at or 0.0 for p in group.processes) - began
     others = [status for i, status in enumerate(outcome.statuses) if i != process]
     _expect(outcome, group, set(others) == {exit_codes.STALLED})
@@ -200,7 +207,7 @@ def stalled(lap: Lap, group: Group, fault: Fault, step: int) -> Outcome:
     group.until(lambda: lap.outside.last_step() >= step - 1)
     outcome = lap.outcome(fault, group.layout)
     began = time.monotonic()
-    outcome.statuses = group.wait(grace=30)
+    outcome.statuses = group.wait()
     outcome.detected = min(p.ended_at or 0.0 for p in group.processes) - began
     _expect(outcome, group, set(outcome.statuses) == {exit_codes.STALLED})
     if group.said(f"while taking step {step} ", "while saving step", "while evaluating") is None:
@@ -216,11 +223,10 @@ def saves_fail(lap: Lap, group: Group, fault: Fault) -> Outcome:
     began = time.monotonic()
     group.limit_files(range(group.layout))
     group.thaw()
-    outcome.statuses = group.wait(grace=30)
+    group.wait()
     outcome.detected = time.monotonic() - began
-    refused = outcome.statuses == [exit_codes.REFUSED] * group.layout
-    _expect(outcome, group, refused and group.said("could not be written") is not None)
-    outcome.seen = "refused, then recovered"
+    refused(group, outcome)
+    _expect(outcome, group, group.said("could not be written") is not None)
     return outcome
 
 
@@ -238,40 +244,41 @@ def bad_record(lap: Lap, start: Callable[[], Group], fault: Fault) -> tuple[Outc
         file.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         with start() as group:
             began = time.monotonic()
-            statuses = group.wait(grace=30)
+            statuses = group.wait()
             if not any(statuses):
                 return None, group
             outcome = lap.outcome(fault, group.layout)
-            outcome.detected, outcome.statuses = time.monotonic() - began, statuses
-            refused = statuses == [exit_codes.REFUSED] * group.layout
+            outcome.detected = time.monotonic() - began
+            refused(group, outcome)
             named = group.said("cannot be read", "prepare it again", "is damaged")
-            _expect(outcome, group, refused and named is not None)
+            _expect(outcome, group, named is not None)
             outcome.what = f"byte {place} of {file.name}"
-            outcome.seen = "refused, then recovered"
             return outcome, group
     finally:
         file.write_bytes(data)
 
 
 def takeover(lap: Lap, group: Group, fault: Fault, layout: int) -> Outcome:
-    """The same command with --takeover: the first one stops, the second goes on."""
+    """The same command with --takeover: the first one stops, the second goes on.
+
+    The first one is stopped until the second has asked, and until its own next look is due; else it
+    would be done before the second has started.
+    """
     hit(lap, group, fault, STEP)
     outcome = lap.outcome(fault, group.layout)
-    second = lap.start(layout, ["--takeover"])
-    lap.next = second
-    request = lap.outside.directory / "takeover.json"
-    deadline = time.monotonic() + PATIENCE
-    while not request.exists() and second.pump() and time.monotonic() < deadline:
-        group.pump()
-        time.sleep(0.01)
+    began = time.monotonic()
+    lap.next = second = lap.start(layout, ["--takeover"])
+    request = lap.outside.directory / REQUEST_FILE
+    try:
+        second.until(lambda: request.exists() and time.monotonic() > began + RENEW + 1)
+    except Ended:
+        outcome.wrong.append(f"the second ended with {second.status()}: {second.last()}")
     began = time.monotonic()
     group.thaw()
-    while group.pump():  # both write, and both are to be read
-        second.pump()
-        if time.monotonic() > deadline:
-            break
+    while group.pump() and time.monotonic() < began + PATIENCE:
+        second.pump()  # both write, and both are to be read
         time.sleep(0.01)
-    outcome.statuses = group.wait(grace=30)
+    outcome.statuses = group.wait()
     outcome.detected = time.monotonic() - began
     _expect(outcome, group, outcome.statuses == [exit_codes.TAKEN_OVER] * group.layout)
     outcome.seen = "recovered"
