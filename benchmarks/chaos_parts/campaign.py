@@ -109,7 +109,7 @@ class Campaign:
         ending = self.some_ending(lap)
         if ending is not None and ending.kind == plan.BAD_RECORD:
             return self.bad_record(lap, ending)
-        during = self.some_during()
+        during = self.some_during(ending)
         group = lap.next or self.start(lap, [*during, *([ending] if ending else [])])
         lap.next = None
         with group:
@@ -140,8 +140,10 @@ class Campaign:
         lap.open = [outcome]
         return False
 
-    def some_during(self) -> list[Fault]:
-        """What is hit while the step is compiled comes first."""
+    def some_during(self, ending: Fault | None) -> list[Fault]:
+        """What comes before the end: while the step is compiled there is a moment for one."""
+        if ending is not None and ending.where == COMPILE:
+            return []
         found = [fault for _ in range(_DURING) if (fault := self.during.take())]
         compiling = [fault for fault in found if fault.where == COMPILE]
         for fault in compiling[1:]:
@@ -159,7 +161,7 @@ class Campaign:
                 plan.STALL: not lap.next and stall_at(fault, newest) < STEPS - 2,
                 plan.DEAD_HOST: lap.next is None or lap.next.layout > 1,
             }
-            if possible.get(fault.kind, True):
+            if possible.get(fault.kind, True) and not (lap.next and fault.where == COMPILE):
                 found = fault
             else:
                 held.append(fault)
