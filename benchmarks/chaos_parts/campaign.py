@@ -48,19 +48,17 @@ class Campaign:
         self.tries: Counter[int] = Counter()
 
     def run(self) -> None:
-        plain: Undisturbed | None = None
-        if len(self.at_rest) + len(self.during) + len(self.ending) + len(self.disk):
-            plain = self.undisturbed("undisturbed")
-        while plain and (len(self.at_rest) + len(self.during) + len(self.ending)):
-            self.lap(Lap(self.around, self.name(), plain), self.go)
-        while plain and len(self.disk):
-            self.disk_lap(plain)
+        plain = (self.at_rest, self.during, self.ending, self.disk)
+        undisturbed = self.undisturbed("undisturbed") if sum(map(len, plain)) else None
+        while undisturbed and len(self.disk):
+            self.disk_lap(undisturbed)
         if len(self.nan):
-            steps = ",".join(map(str, (*_ALONE, *_IN_A_ROW)))
-            driver = ["--nan", steps]
+            driver = ["--nan", ",".join(map(str, (*_ALONE, *_IN_A_ROW)))]
             of_nan = self.undisturbed("undisturbed-nan", driver)
             while len(self.nan):
                 self.lap(Lap(self.around, self.name(), of_nan, driver), self.nan_go)
+        while undisturbed and sum(map(len, plain)):
+            self.lap(Lap(self.around, self.name(), undisturbed), self.go)
 
     def name(self) -> str:
         self.number += 1
