@@ -40,6 +40,10 @@ _SET_ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
 _LEFTOVER = re.compile(r"\.deleted-.*|.*\.orbax-checkpoint-tmp.*")
 
 
+# Of a library's message so many characters are shown, from both ends.
+_LINE = 240
+
+
 class Damaged(UserError):
     """A step is not what was saved. `reason`: of which file, without the step's directory."""
 
@@ -233,5 +237,8 @@ def wrong_checksum(item: str, leaf: str) -> str:
 
 
 def first_line(error: BaseException | str) -> str:
+    """What is wrong, in a line: TensorStore puts paths before it and its own settings behind."""
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    line = text.splitlines()[0] if text else type(error).__name__
+    line = re.sub(r" \[(tensorstore_spec|source locations)=.*", "", line)
+    return line if len(line) <= _LINE else f"{line[: _LINE // 2]} ... {line[-_LINE // 2 :]}"
