@@ -163,6 +163,7 @@ def _prepare(config: RunConfig, lease: Lease) -> Setup:
         _check_texts_are_same(config, directory, record, tokenizer)
         if lease.takeover:
             _take(lease, directory)
+            record = RunRecord.read(directory)  # the other run may have added to it
         data = open_data(config, directory, source.config.vocab_size, tokenizer)
         _check_same(directory, record, data.fingerprints)
         check_not_lost(directory / CHECKPOINTS)
