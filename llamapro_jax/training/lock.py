@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamapro_jax.errors import UserError
+from llamapro_jax.remote import RemotePath
 
 LOCK_FILE = ".lock"
 
@@ -22,6 +23,8 @@ class RunLock:
 
         Raises UserError when another process has it.
         """
+        if isinstance(directory, RemotePath):
+            return  # A store has no locks.
         file = (directory / LOCK_FILE).open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from llamapro_jax.checkpoint import Checkpoints
+from llamapro_jax.checkpoint_files import Directory
 from llamapro_jax.checkpoint_restore import abstract
 from llamapro_jax.checksum import checksums
 from llamapro_jax.compilation_cache import enabled as compilation_cache
@@ -52,6 +52,7 @@ from llamapro_jax.training.events import (
 from llamapro_jax.training.fit import Fitted, device_memory, resolve
 from llamapro_jax.training.lock import RunLock
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
+from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.setup import Setup, finished, prepare
 from llamapro_jax.training.state import (
     TrainState,
@@ -64,28 +65,34 @@ from llamapro_jax.training.stopping import StopSignals
 from llamapro_jax.training.watchdog import Watchdog
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig) -> Directory:
     """Trains until the last step, or on from the last checkpoint. Returns the run directory.
 
     Raises UserError for bad input before anything is written, and `training.stopping.Stopped`
     when SIGINT or SIGTERM asked it to stop and what it had done is saved.
     """
     validate(config)
-    directory = Path(config.output)
-    with compilation_cache(config.compilation_cache), StopSignals() as stop, RunLock() as lock:
+    with (
+        compilation_cache(config.compilation_cache),
+        StopSignals() as stop,
+        RunLock() as lock,
+        RunFiles(config.output) as place,
+    ):
+        directory = place.run
         with stop.at_once(
             f"{directory}: stopped while it was prepared. Run the same command again to go on."
         ):
-            summary = from_first(lambda: finished(config))
+            summary = from_first(lambda: finished(config, place))
             if summary is not None:
                 steps = summary["steps"]
                 _say(f"{directory}: is finished ({steps} steps). {_frozen_line(summary)}.")
                 return directory
-            setup = prepare(config, lock)
+            setup = prepare(config, lock, place)
         with (
             jax.set_mesh(setup.mesh),
-            Watchdog(config.training.watchdog, directory) as watchdog,
+            Watchdog(config.training.watchdog, place.files, place) as watchdog,
         ):
+            place.keep_copying()
             _run(setup, stop, watchdog)
     return directory
 
@@ -155,10 +162,13 @@ def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
     watchdog.progress("opening the log", slow=True)
     with (
         Checkpoints(
-            setup.directory / CHECKPOINTS, config.training.keep, partial(_save_failed, setup)
+            setup.directory / CHECKPOINTS,
+            config.training.keep,
+            partial(_save_failed, setup),
+            before=setup.place.copy,
         ) as checkpoints,
         MetricsWriter(
-            setup.directory,
+            setup.files,
             resume_step=setup.resume_step,
             tensorboard=config.tracking.tensorboard,
             wandb_project=config.tracking.wandb_project,
@@ -250,7 +260,7 @@ def _take_steps(run: _Progress) -> None:
     run.watchdog.progress(f"taking step {run.step + 1}", slow=True)
     rate = _Rate(setup, run.step)
     with (
-        Profile(setup.config.profile, setup.directory, run.step, run.display.message) as profile,
+        Profile(setup.config.profile, setup.files, run.step, run.display.message) as profile,
         Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches,
     ):
         for batch in _readable(run, batches):
@@ -401,7 +411,7 @@ def _save_failed(setup: Setup, step: int, reason: str) -> None:
         "training goes on, and ends when the next save fails too",
         flush=True,
     )
-    record_event(setup.directory, SAVE_FAILED, step, reason=reason)
+    record_event(setup.files, SAVE_FAILED, step, reason=reason)
 
 
 def _require_frozen(run: _Progress) -> None:
@@ -436,7 +446,7 @@ def _finish(run: _Progress) -> None:
 
 def _summarise(run: _Progress) -> None:
     setup = run.setup
-    records = read_metrics(setup.directory)
+    records = read_metrics(setup.files)
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))
         for name, tree in (("trainable", run.state.trainable), ("frozen", run.frozen))
@@ -457,11 +467,12 @@ def _summarise(run: _Progress) -> None:
         "frozen_bits": sum(leaf.nbytes * 8 for leaf in leaves),
         "frozen_bits_changed": 0,
         "updates_skipped": run.state.guard.values()["skipped"],
-        "steps_set_aside": [e["step"] for e in read_events(setup.directory, SET_ASIDE)],
-        "saves_failed": [e["step"] for e in read_events(setup.directory, SAVE_FAILED)],
+        "steps_set_aside": [e["step"] for e in read_events(setup.files, SET_ASIDE)],
+        "saves_failed": [e["step"] for e in read_events(setup.files, SAVE_FAILED)],
         "parameters": {**sizes, "total": sum(sizes.values())},
     }
-    write_json(setup.directory / SUMMARY_FILE, summary)
+    write_json(setup.files / SUMMARY_FILE, summary)
+    setup.place.copy()
     run.display.message(f"{setup.directory}: {run.step} steps in {duration(run.elapsed())}")
     run.display.message(_frozen_line(summary))
     for what in ("steps_set_aside", "saves_failed"):

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from llamapro_jax.architecture import check_described, check_length
-from llamapro_jax.checkpoint_files import committed_steps
+from llamapro_jax.checkpoint_files import Directory, committed_steps
 from llamapro_jax.checkpoint_restore import check_not_lost
 from llamapro_jax.config import (
     MAY_CHANGE_ON_RESUME,
@@ -45,6 +45,7 @@ from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_first
 from llamapro_jax.model.attention import choose, platform_of
 from llamapro_jax.model.kernels import Problem
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
+from llamapro_jax.remote import is_remote
 from llamapro_jax.sharding import build_mesh, check_model
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
 from llamapro_jax.sources import FlaxSource, Source, open_source
@@ -58,6 +59,7 @@ from llamapro_jax.training.run_directory import (
     RunSource,
     is_run,
 )
+from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.state import check_spec
 from llamapro_jax.training.texts import Data, check_texts, fingerprints, open_data, open_prepared
 
@@ -70,51 +72,62 @@ class Setup:
     """A run that may begin, or go on from `resume_step`, on the devices of `mesh`."""
 
     config: RunConfig
-    directory: Path
+    place: RunFiles
     source: Source
     record: RunRecord
     data: Data
     resume_step: int | None
     mesh: Mesh
 
+    @property
+    def directory(self) -> Directory:
+        """Of the run, as it was named; its checkpoints are there."""
+        return self.place.run
 
-def finished(config: RunConfig) -> dict[str, Any] | None:
-    """The summary of the run in `config.output` when it is this one and done.
+    @property
+    def files(self) -> Path:
+        """Where the files of the run are that are none of a checkpoint."""
+        return self.place.files
+
+
+def finished(config: RunConfig, place: RunFiles) -> dict[str, Any] | None:
+    """The summary of the run in `place`, which is `config.output`, when it is this one and done.
 
     Raises UserError when the directory holds anything but a run, or a run of other settings, and
     a finished one of another model or other texts. Of a model that is where it was, the hash is
     not taken again.
     """
-    directory = Path(config.output)
+    place.look()
+    directory = place.files
     if not is_run(directory):
         require_new_directory(directory)
         return None
-    _check_config(config, directory)
-    steps = committed_steps(directory / CHECKPOINTS)
+    _check_config(config, place)
+    steps = committed_steps(place.run / CHECKPOINTS)
     summary = directory / SUMMARY_FILE
     if not (steps and steps[-1] == config.training.steps and summary.is_file()):
         return None
     record, tokenizer_directory = RunRecord.read(directory), directory
-    place = _place(config.model)
-    if place != record.model or (Path(place).is_absolute() and not Path(place).is_dir()):
+    model = _place(config.model)
+    if model != record.model or (Path(model).is_absolute() and not Path(model).is_dir()):
         source = open_source(config.model)
-        record, tokenizer_directory = _check_model(directory, source), source.directory
+        record, tokenizer_directory = _check_model(place, source), source.directory
         _update(config, directory, record)
-    _check_texts_are_same(config, directory, record, _tokenizer(tokenizer_directory))
+    _check_texts_are_same(config, place, record, _tokenizer(tokenizer_directory))
     return read_json(summary)
 
 
-def prepare(config: RunConfig, lock: RunLock) -> Setup:
+def prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
     """Opens the model, the texts and the run directory, and takes the lock of the latter.
 
-    `config` is valid and `finished(config)` raised nothing. All processes of the run call this.
-    Raises UserError for all bad input, when another run trains in the directory, and when this
-    process does not see what the first one wrote.
+    `config` is valid and `finished(config, place)` raised nothing. All processes of the run call
+    this. Raises UserError for all bad input, when another run trains in the directory, and when
+    this process does not see what the first one wrote.
     """
     prepared: list[Setup] = []
 
     def first() -> dict[str, Any]:
-        setup = _prepare(config, lock)
+        setup = _prepare(config, lock, place)
         prepared.append(setup)
         token = uuid.uuid4().hex
         if count() > 1:
@@ -126,11 +139,11 @@ def prepare(config: RunConfig, lock: RunLock) -> Setup:
         }
 
     told = from_first(first)
-    return prepared[0] if prepared else _follow(config, told)
+    return prepared[0] if prepared else _follow(config, place, told)
 
 
-def _prepare(config: RunConfig, lock: RunLock) -> Setup:
-    directory = Path(config.output)
+def _prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
+    directory = place.files
     mesh = build_mesh(config.mesh)
     source = open_source(config.model, masters=True)
     check_described(config, source.config, source.plan)
@@ -141,36 +154,37 @@ def _prepare(config: RunConfig, lock: RunLock) -> Setup:
     tokenizer = _tokenizer(source.directory)
     template = check_texts(config, tokenizer)
     if not is_run(directory):
-        _create(config, directory, source, tokenizer, template, lock)
+        _create(config, place, source, tokenizer, template, lock)
         record = RunRecord.read(directory)
-        data = open_data(config, directory, source.config.vocab_size, tokenizer)
+        data = open_data(config, place.run, source.config.vocab_size, tokenizer)
     else:
-        lock.take(directory)
-        record = _check_model(directory, source)
-        _check_texts_are_same(config, directory, record, tokenizer)
-        data = open_data(config, directory, source.config.vocab_size, tokenizer)
-        _check_same(directory, record, data.fingerprints)
-        check_not_lost(directory / CHECKPOINTS)
+        lock.take(place.run)
+        record = _check_model(place, source)
+        _check_texts_are_same(config, place, record, tokenizer)
+        data = open_data(config, place.run, source.config.vocab_size, tokenizer)
+        _check_same(place, record, data.fingerprints)
+        check_not_lost(place.run / CHECKPOINTS)
         record = _update(config, directory, record)
-    steps = committed_steps(directory / CHECKPOINTS)
-    return Setup(config, directory, source, record, data, steps[-1] if steps else None, mesh)
+        place.copy()
+    steps = committed_steps(place.run / CHECKPOINTS)
+    return Setup(config, place, source, record, data, steps[-1] if steps else None, mesh)
 
 
-def _follow(config: RunConfig, told: Mapping[str, Any]) -> Setup:
+def _follow(config: RunConfig, place: RunFiles, told: Mapping[str, Any]) -> Setup:
     """What process 0 prepared, as another process opens it."""
-    directory = Path(config.output)
-    _wait_for_start(directory, told["token"])
+    _wait_for_start(place.run, told["token"])
+    place.bring()
     source = open_source(config.model, masters=True)
-    record = RunRecord.read(directory)
+    record = RunRecord.read(place.files)
     # Of other formats the digest takes the reading of all tensors, which process 0 has done.
     if isinstance(source, FlaxSource):
-        _check_model(directory, source)
+        _check_model(place, source)
     data = open_prepared(config, told["rows"], source.config.vocab_size)
     mesh = build_mesh(config.mesh)
-    return Setup(config, directory, source, record, data, told["resume_step"], mesh)
+    return Setup(config, place, source, record, data, told["resume_step"], mesh)
 
 
-def _wait_for_start(directory: Path, token: str) -> None:
+def _wait_for_start(directory: Directory, token: str) -> None:
     """Network file systems show a new file after some seconds."""
     file, deadline = directory / START_FILE, time.monotonic() + SEEN_WITHIN
     while not (file.is_file() and file.read_text() == token):
@@ -208,25 +222,25 @@ def _check_attention(config: RunConfig, source: Source, mesh: Mesh) -> None:
     choose(config.training.attention, problem)
 
 
-def _check_config(config: RunConfig, directory: Path) -> None:
+def _check_config(config: RunConfig, place: RunFiles) -> None:
     # Whether the model is the same is a matter of its fingerprint, not of its path.
     may_change = (*MAY_CHANGE_ON_RESUME, "model")
-    lines = changed(load_config(directory / CONFIG_FILE), config, may_change)
+    lines = changed(load_config(place.files / CONFIG_FILE), config, may_change)
     if lines:
         raise UserError(
-            f"{directory}: holds a run that began with other settings:\n  "
+            f"{place.run}: holds a run that began with other settings:\n  "
             + "\n  ".join(lines)
             + "\nGo on with the settings that it began with, or name another output."
         )
 
 
-def _check_model(directory: Path, source: Source) -> RunRecord:
+def _check_model(place: RunFiles, source: Source) -> RunRecord:
     """The record of the run, when it began from this model with this plan."""
-    record = RunRecord.read(directory)
-    _, architecture, plan = read_config(directory)
+    record = RunRecord.read(place.files)
+    _, architecture, plan = read_config(place.files)
     if source.plan != plan or source.config != architecture:
         raise UserError(
-            f"{directory}: holds a run on a model with another plan or architecture: "
+            f"{place.run}: holds a run on a model with another plan or architecture: "
             f"{plan.num_blocks} blocks, the new ones at {list(plan.new_depths)}; {source.path} "
             f"has {source.plan.num_blocks}, the new ones at {list(source.plan.new_depths)}. "
             f"Give it {record.model} again, or name another output."
@@ -234,7 +248,7 @@ def _check_model(directory: Path, source: Source) -> RunRecord:
     digest = source.fingerprint().digest
     if digest != record.model_digest:
         raise UserError(
-            f"{directory}: holds a run on another base: {source.path} has digest {digest[:12]}, "
+            f"{place.run}: holds a run on another base: {source.path} has digest {digest[:12]}, "
             f"the run began from {record.model} with {record.model_digest[:12]}. Give it that "
             "model again, or name another output."
         )
@@ -242,18 +256,18 @@ def _check_model(directory: Path, source: Source) -> RunRecord:
 
 
 def _check_texts_are_same(
-    config: RunConfig, directory: Path, record: RunRecord, tokenizer: Tokenizer | None
+    config: RunConfig, place: RunFiles, record: RunRecord, tokenizer: Tokenizer | None
 ) -> None:
     """Compares the texts, and the tokenizer, with those that the run began with."""
-    _check_same(directory, record, fingerprints(config, tokenizer))
+    _check_same(place, record, fingerprints(config, tokenizer))
 
 
-def _check_same(directory: Path, record: RunRecord, fingerprints: Mapping[str, str]) -> None:
+def _check_same(place: RunFiles, record: RunRecord, fingerprints: Mapping[str, str]) -> None:
     for name, fingerprint in fingerprints.items():
         # None: of a data set made by others nothing was recorded once.
         if record.data.get(name) not in (None, fingerprint):
             raise UserError(
-                f"data.{name}: its text or tokenizer changed since the run in {directory} began, "
+                f"data.{name}: its text or tokenizer changed since the run in {place.run} began, "
                 "which then would not read the same rows. Put it back, or name another output."
             )
 
@@ -280,31 +294,33 @@ def _update(config: RunConfig, directory: Path, record: RunRecord) -> RunRecord:
 
 def _create(
     config: RunConfig,
-    directory: Path,
+    place: RunFiles,
     source: Source,
     tokenizer: Tokenizer | None,
     template: str | None,
     lock: RunLock,
 ) -> None:
     try:
-        _write_new(config, directory, source, tokenizer, template, lock)
+        _write_new(config, place, source, tokenizer, template, lock)
     except (OSError, UserError):
-        if is_run(directory):  # The same command, at the same time, was first.
-            raise taken(directory) from None
+        if is_run(place.run):  # The same command, at the same time, was first.
+            raise taken(place.run) from None
         raise
+    place.create()
 
 
 def _write_new(
     config: RunConfig,
-    directory: Path,
+    place: RunFiles,
     source: Source,
     tokenizer: Tokenizer | None,
     template: str | None,
     lock: RunLock,
 ) -> None:
-    with atomic_directory(directory) as temporary:
-        lock.take(temporary)
-        data = open_data(config, temporary, source.config.vocab_size, tokenizer)
+    with atomic_directory(place.files) as temporary:
+        beside = place.run if is_remote(place.run) else temporary
+        lock.take(beside)
+        data = open_data(config, beside, source.config.vocab_size, tokenizer)
         fingerprint = source.fingerprint()
         trained = lineage_entry(
             "train",
