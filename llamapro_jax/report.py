@@ -15,7 +15,9 @@ import yaml
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_write, read_json
+from llamapro_jax.local_copies import fetched
 from llamapro_jax.metrics import Record, human, read_metrics
+from llamapro_jax.remote import RemotePath, as_path
 
 Point = tuple[float, float]
 
@@ -414,13 +416,13 @@ def render(
 
 def write_report(
     run: str | Path, out: str | Path | None = None, model: Mapping[str, Any] | None = None
-) -> Path:
+) -> Path | RemotePath:
     """Writes the report of a run directory, by default to `RUN/report.html`; returns its path.
 
     Reads `metrics.jsonl`, and if they are there `config.yaml`, `model.json` (unless `model` is
     given) and `evaluation.json`. Raises UserError when the run or its metrics are missing or empty.
     """
-    run = Path(run)
+    place, run = as_path(run), fetched(run, without=("checkpoints", "data", "tensorboard"))
     if not run.is_dir():
         raise UserError(f"{run}: is not a directory; name the directory of a training run.")
     records = read_metrics(run)
@@ -443,7 +445,7 @@ def write_report(
         model,
         evaluation,
     )
-    out = run / "report.html" if out is None else Path(out)
+    out = place / "report.html" if out is None else Path(out)
     if out.is_dir():
         raise UserError(f"{out}: is a directory; name the file to write, such as report.html.")
     atomic_write(out, page)

@@ -78,9 +78,7 @@ def config_of(work: Path, output: Any, **changes: Any) -> Any:
 
 def everything_remote(work: Path) -> dict[str, Any]:
     text = {"name": "words", "path": "gs://bucket/texts/train.txt"}
-    held_out = [
-        {"name": name, "path": f"gs://bucket/texts/{name}.txt"} for name in ("old", "held")
-    ]
+    held_out = [{"name": name, "path": f"gs://bucket/texts/{name}.txt"} for name in ("old", "held")]
     return {"model": "gs://bucket/models/pro", "data__sources": [text], "data__eval": held_out}
 
 

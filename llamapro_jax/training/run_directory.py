@@ -62,7 +62,7 @@ class RunRecord:
     data: Mapping[str, str | None] = field(default_factory=dict)
     frozen: Mapping[str, int] = field(default_factory=dict)
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Directory) -> None:
         write_json(
             directory / RUN_FILE,
             {
@@ -77,7 +77,7 @@ class RunRecord:
         )
 
     @staticmethod
-    def read(directory: Path) -> RunRecord:
+    def read(directory: Directory) -> RunRecord:
         """Raises UserError when run.json is malformed or of a later version."""
         path = directory / RUN_FILE
         values = read_json(path)
