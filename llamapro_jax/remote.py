@@ -26,9 +26,11 @@ from typing import Any
 from llamapro_jax.errors import UserError
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://+(.*)")
-# What TensorStore reads and writes arrays in by itself: checkpoints need that.
-_ARRAY_DRIVERS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+# Where Orbax and TensorStore write and read arrays by themselves. Orbax takes any other URL for a
+# local path.
+_ARRAY_DRIVERS = {"gs": "gcs"}
+_SAME = {"gcs": "gs", "s3a": "s3"}
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
 _EXTRAS = {"gcsfs": "'llamapro_jax[gcs]'"}
 
 ATTEMPTS = 5
@@ -69,7 +71,7 @@ class RemotePath:
     def __init__(self, url: str) -> None:
         match = _URL.fullmatch(url)
         assert match is not None, url
-        self.scheme = match[1]
+        self.scheme = _SAME.get(match[1], match[1])
         self._rest = str(PurePosixPath(match[2])).strip("/")
         self._files = _filesystem(self.scheme)
 
@@ -268,7 +270,7 @@ def unreachable(place: Any, error: BaseException) -> Unreachable:
     scheme = path.scheme if isinstance(path, RemotePath) else ""
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if _refused(error):
-        mend = _CREDENTIALS.get({"gcs": "gs"}.get(scheme, scheme), "Sign in to it.")
+        mend = _CREDENTIALS.get(scheme, "Sign in to it.")
         return Unreachable(f"{place}: the store refuses this ({reason[:200]}). {mend}")
     return Unreachable(
         f"{place}: the store does not answer ({type(error).__name__}: {reason[:200]}), asked "
@@ -288,25 +290,20 @@ def _filesystem(scheme: str) -> Any:
 
 
 def _new_filesystem(scheme: str) -> Any:
-    package = _PACKAGES.get(scheme)
-    hint = f"pip install {_EXTRAS.get(package or '', package)}" if package else ""
-    try:
-        import fsspec
-        from fsspec.config import conf
-    except ImportError:
-        hint = hint or "pip install fsspec"
-        raise Unreachable(f"{scheme}://: needs the package fsspec; `{hint}`.") from None
+    import fsspec
+    from fsspec.config import conf
+
     # Other processes write too. Orbax gets its file systems with the same settings.
-    for protocol in ("gs", "gcs") if scheme in ("gs", "gcs") else (scheme,):
+    for protocol in ("gs", "gcs") if scheme == "gs" else (scheme,):
         conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     # It prints a traceback of what is raised anyway.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         return fsspec.filesystem(scheme)
     except ImportError as error:
-        missing = package or getattr(error, "name", None) or str(error)
-        hint = hint or f"pip install {missing}"
-        raise Unreachable(f"{scheme}://: needs the package {missing}; `{hint}`.") from None
+        missing = _PACKAGES.get(scheme) or error.name or str(error)
+        install = f"pip install {_EXTRAS.get(missing, missing)}"
+        raise Unreachable(f"{scheme}://: needs the package {missing}; `{install}`.") from None
     except ValueError as error:
         raise Unreachable(f"{scheme}://: is no scheme that fsspec knows ({error}).") from None
     except Exception as error:
@@ -317,7 +314,7 @@ def _new_filesystem(scheme: str) -> Any:
 
 
 def has_arrays(place: str | Path | RemotePath) -> bool:
-    """Whether TensorStore, and so Orbax, reads and writes there: local, gs:// and s3://."""
+    """Whether TensorStore, and so Orbax, reads and writes there: local and gs://."""
     path = as_path(place)
     return isinstance(path, Path) or path.scheme in _ARRAY_DRIVERS
 
@@ -370,8 +367,8 @@ def check_writable(directory: RemotePath) -> None:
     objects must be written, listed and deleted."""
     if not has_arrays(directory):
         raise Unreachable(
-            f"{directory}: checkpoints are written to a local or mounted directory, to gs:// and "
-            f"to s3://, not to {directory.scheme}://. Name one of these, or mount it."
+            f"{directory}: checkpoints are written to a local or mounted directory and to gs://, "
+            f"not to {directory.scheme}://. Name one of these, or mount it."
         )
     probe = directory / f".probe-{os.getpid()}-{time.time_ns()}"
     try:

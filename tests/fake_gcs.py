@@ -1,8 +1,7 @@
 """Google Cloud Storage in a thread: as much of its JSON API as gcsfs, Orbax and TensorStore use.
 
-    with FakeGcs() as server:
-        server.answer = lambda request: 503 if ... else None   # faults
-        ... environment(server) ...
+    server = shared()
+    server.answer = lambda request: 503 if ... else None   # faults
 
 Objects are in memory. Like the real one it has no directories and no rename, gives each write of
 an object a new generation, and keeps conditions on generations.
@@ -11,9 +10,11 @@ an object a new generation, and keeps conditions on generations.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class _Object:
 
 
 class FakeGcs:
-    """A context manager. buckets: object by name, by bucket. answer: a status other than usual."""
+    """buckets: object by name, by bucket. answer: a status other than usual, or None."""
 
     def __init__(self, *buckets: str) -> None:
         self.buckets: dict[str, dict[str, _Object]] = {name: {} for name in buckets or ("bucket",)}
@@ -77,7 +78,12 @@ class FakeGcs:
 
     def environment(self) -> dict[str, str]:
         """What gcsfs and TensorStore find the server by."""
-        return {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url}
+        return {
+            "STORAGE_EMULATOR_HOST": self.url,
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            # It would ask Google what kind of bucket this is.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
 
     def names(self, prefix: str = "", bucket: str = "bucket") -> list[str]:
         with self.lock:
@@ -103,13 +109,25 @@ class FakeGcs:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(self.read(name))
 
-    def __enter__(self) -> FakeGcs:
+    def serve(self) -> None:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def clear(self, prefix: str = "") -> None:
+        """Back to usual, without the objects whose names begin so."""
+        self.answer = lambda request: None
+        with self.lock:
+            for name in self.names(prefix):
+                del self.buckets["bucket"][name]
+            self.requests.clear()
+
+
+@functools.cache
+def shared() -> FakeGcs:
+    """One for the whole process, since gcsfs and TensorStore look for their server once."""
+    server = FakeGcs("bucket")
+    server.serve()
+    os.environ.update(server.environment())
+    return server
 
 
 class _Server(ThreadingHTTPServer):

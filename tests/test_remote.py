@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 from checkpoints import write_tiny
-from fake_gcs import FakeGcs, Request
+from fake_gcs import FakeGcs, Request, shared
 
 from llamapro_jax import local_copies, remote
 from llamapro_jax.checkpoint_files import COMMIT_FILE, committed_steps, remove_leftovers, set_aside
@@ -41,22 +41,12 @@ def memory() -> Iterator[RemotePath]:
     files.pseudo_dirs[:] = [""]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeGcs]:
-    pytest.importorskip("gcsfs")
-    with FakeGcs("bucket") as fake, pytest.MonkeyPatch.context() as patch:
-        for name, value in fake.environment().items():
-            patch.setenv(name, value)
-        patch.setattr(remote, "_filesystems", {})
-        yield fake
-
-
 @pytest.fixture
-def bucket(server: FakeGcs) -> Iterator[FakeGcs]:
-    server.answer = lambda request: None
-    server.buckets["bucket"].clear()
-    yield server
-    server.answer = lambda request: None
+def bucket() -> Iterator[FakeGcs]:
+    pytest.importorskip("gcsfs")
+    shared().clear()
+    yield shared()
+    shared().clear()
 
 
 def failing(status: int, times: int, method: str = "GET") -> Any:
@@ -126,9 +116,8 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setattr(remote, "_filesystems", {})
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setitem(fsspec.registry.target, "gs", None)
-    for name in ("gs", "gcs", "s3", "abfs"):
-        monkeypatch.delitem(fsspec.registry.target, name, raising=False)
+    # Not `fsspec.registry`, which is the dictionary in the module of this name.
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
     with pytest.raises(Unreachable, match=f"needs the package {package}; `pip install .*"):
         as_path(f"{scheme}://bucket/here")
 
