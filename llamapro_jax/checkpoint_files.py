@@ -142,6 +142,8 @@ def read_meta(step: Directory) -> dict[str, Any]:
     """The meta item of a step. Raises Damaged unless it is what was saved."""
     try:
         meta = json.loads((step / _META_FILE).read_bytes())
+    except Unreachable:
+        raise
     except (OSError, ValueError) as error:
         raise Damaged(step, f"{_META_FILE}: {first_line(error)}") from None
     if isinstance(meta, dict) and "checksums" in meta and "digest" not in meta:

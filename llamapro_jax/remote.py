@@ -49,7 +49,7 @@ _REFUSED = re.compile(
 )
 
 
-class Unreachable(UserError):
+class Unreachable(UserError, OSError):
     """A remote directory cannot be used: no package, no permission, or no answer."""
 
 

@@ -117,7 +117,8 @@ def test_a_package_that_is_missing_is_named(
     monkeypatch.setattr(remote, "_filesystems", {})
     monkeypatch.setitem(sys.modules, package, None)
     # Not `fsspec.registry`, which is the dictionary in the module of this name.
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    for known in list(sys.modules["fsspec.registry"]._registry):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, known)
     with pytest.raises(Unreachable, match=f"needs the package {package}; `pip install .*"):
         as_path(f"{scheme}://bucket/here")
 

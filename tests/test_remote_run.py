@@ -231,7 +231,8 @@ def test_a_missing_package_is_told_first(
     monkeypatch.setattr(remote, "_filesystems", {})
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     # Not `fsspec.registry`, which is the dictionary in the module of this name.
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    for known in list(sys.modules["fsspec.registry"]._registry):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, known)
     save_config(config_of(work, RUN), tmp_path / "run.yaml")
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
     told = capsys.readouterr().err
