@@ -7,6 +7,8 @@ VENV ?= .venv
 TEST_PROCESSES ?= 2
 # Malformed files of each kind that `make fuzz` tries; the tests try 300.
 FUZZ_EXAMPLES ?= 10000
+# Faults that `make chaos` injects into training runs; the tests inject 20.
+CHAOS_FAULTS ?= 200
 # For example: make test PYTEST_ARGS='-m "not slow" -k expand'
 PYTEST_ARGS ?=
 # For example: make quickstart QUICKSTART_ARGS='--seed 1'
@@ -19,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 # Two installs into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help quickstart test test-fast test-compiled fuzz lint install clean
+.PHONY: help quickstart test test-fast test-compiled fuzz chaos lint install clean
 
 help:
 	@echo "make quickstart   set up, then the whole path on a small model (a few minutes, no network)"
@@ -27,6 +29,7 @@ help:
 	@echo "make test-fast    the same without the slow tests"
 	@echo "make test-compiled  set up, then compile steps for TPUs and GPUs that are not here (4 GB)"
 	@echo "make fuzz         set up, then $(FUZZ_EXAMPLES) malformed files of each kind (20 minutes)"
+	@echo "make chaos        set up, then $(CHAOS_FAULTS) faults injected into training runs (an hour, Linux)"
 	@echo "make lint         set up, then ruff"
 	@echo "make install      set up only; then $(BIN)/llamapro --help"
 	@echo "make clean        remove the environment and the caches (not runs/)"
@@ -50,6 +53,9 @@ test-compiled: $(VENV)/.stamp-compilers
 fuzz: $(VENV)/.stamp-test
 	@LLAMAPRO_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/test_fuzz.py \
 	  $(PYTEST_ARGS)
+
+chaos: $(VENV)/.stamp-base
+	@$(BIN)/python benchmarks/chaos.py --faults $(CHAOS_FAULTS)
 
 lint: $(VENV)/.stamp-test
 	@$(BIN)/ruff check .

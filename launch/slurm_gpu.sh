@@ -26,7 +26,7 @@ The options of sbatch are those in the head of this script (one node of 8 GPUs, 
 time limit SIGTERM) unless the command line changes them. GPUs are asked for with --gres and tasks
 with --ntasks-per-node: with --gpus-per-task a process would not see the GPUs of the others.
 Five minutes before its time limit, and when it is preempted, training saves and the job goes back
-into the queue, where it resumes.
+into the queue, where it resumes. So it does when the watchdog ended it.
 
   --dry-run   print the command, run nothing
   --help      this text
@@ -84,8 +84,8 @@ fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 status=0
 "${command[@]}" || status=$?
-# 42: asked to stop, and saved.
-if ((status == 42)); then
+# 42: asked to stop, and saved. 43: nothing moved; it goes on from the newest checkpoint.
+if ((status == 42 || status == 43)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

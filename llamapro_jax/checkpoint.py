@@ -82,8 +82,10 @@ class Checkpoints:
     writes its parts. What earlier processes left half-saved is removed first.
 
     failed: told the step and the reason, on the first process, as soon as a save has failed; from
-    another thread than the caller's when that was in the background. before: called on the first
-    process before each save, which fails when it raises Unreachable.
+    another thread than the caller's when that was in the background. permitted: called on the
+    first process before anything is begun, committed or deleted; raises UserError when the
+    directory is another run's. What is under way then stays uncommitted, and nothing is touched.
+    before: called there before each save, which fails when it raises Unreachable.
     """
 
     def __init__(
@@ -91,17 +93,20 @@ class Checkpoints:
         directory: str | Directory,
         keep: int,
         failed: Report = lambda step, reason: None,
+        permitted: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self.directory = as_path(directory).absolute()
         # The step last saved to its end, by this object, as far as `wait` and `save` have seen.
         self.saved: int | None = None
-        self._keep, self._failed, self._before = keep, failed, before
+        self._keep, self._failed = keep, failed
+        self._permitted, self._before = permitted, before
         self._under_way: _Save | None = None
         self._failures: list[int] = []
         self._deleting: list[threading.Thread] = []
         self._barrier = _Barrier()
         logging.getLogger("absl").addFilter(_not_expected)
+        from_first(self._permitted)
         from_first(lambda: remove_leftovers(self.directory))
         self._manager = self._new_manager()
 
@@ -121,7 +126,7 @@ class Checkpoints:
             # Without OCDBT each leaf is a zarr directory that other readers open row by row.
             TRAINABLE: ocp.PyTreeCheckpointHandler(use_ocdbt=False),
             OPTIMIZER: ocp.PyTreeCheckpointHandler(use_ocdbt=False),
-            META: ocp.JsonCheckpointHandler(),
+            META: _asking(self._permitted),
         }
         return ocp.CheckpointManager(str(self.directory), options=options, item_handlers=handlers)
 
@@ -136,6 +141,7 @@ class Checkpoints:
         that one failed and there is no room for this one.
         """
         self.wait()
+        from_first(self._permitted)
         trees = {TRAINABLE: trainable, OPTIMIZER: optimizer}
         no_room = from_first(lambda: self._no_room(trees))
         if no_room is not None:
@@ -165,6 +171,7 @@ class Checkpoints:
             return not self._failures
         directory = self.directory / str(save.step)
         mine = save.end()
+        from_first(self._permitted)
         reason = first_given(mine) or from_first(lambda: _not_written(directory))
         if reason is None:
             self.saved, self._failures = save.step, []
@@ -183,6 +190,7 @@ class Checkpoints:
     def finish(self) -> None:
         """At the end of a run, when its last step is on disk: all but the newest `keep` go."""
         self.wait()
+        from_first(self._permitted)
         from_first(lambda: self._delete_old(self._keep))
 
     def close(self) -> None:
@@ -280,9 +288,28 @@ class _Save:
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
+        except UserError as error:  # not permitted: no failure, the run ends of it
+            self._reason = first_line(error)
         except Exception as error:  # Orbax and TensorStore raise many types
             self._reason = first_line(error)
             self._report(self._reason)
+
+
+def _asking(permitted: Callable[[], None]) -> ocp.JsonCheckpointHandler:
+    """The handler of the step's own record, which asks whether the step may be committed.
+
+    Orbax calls `finalize` on the first process when all is written but the commit file. It knows
+    what a handler takes by its exact class, which is why this is none of its own.
+    """
+    handler = ocp.JsonCheckpointHandler()
+    finalize = handler.finalize
+
+    def finalize_if_permitted(directory: Any) -> None:
+        permitted()
+        finalize(directory)
+
+    handler.finalize = finalize_if_permitted
+    return handler
 
 
 class _Barrier:

@@ -32,8 +32,8 @@ def _position_hash(shape: tuple[int, ...]) -> jax.Array:
     return index | jnp.uint32(1)
 
 
-def _checksum(array: jax.Array) -> jax.Array:
-    """The sum of bit pattern times odd position hash, modulo 2^32.
+def checksum(array: jax.Array) -> jax.Array:
+    """The sum of bit pattern times odd position hash, modulo 2^32, a uint32 scalar.
 
     One flipped bit changes it by an odd number times a power of two below 2^32, hence always. The
     sum does not depend on its order: any number of devices gives the same.
@@ -45,7 +45,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(leaf) for leaf in leaves]
+    return [checksum(leaf) for leaf in leaves]
 
 
 def checksums(tree: Any) -> dict[str, int]:

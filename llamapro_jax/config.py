@@ -58,6 +58,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.keep",
     "training.bad_steps",
     "training.watchdog",
+    "training.compare_every",
 )
 """Settings (or whole sections) that a resumed run may change: none alters what is computed.
 
@@ -168,9 +169,15 @@ class TrainingConfig:
         "null: it waits for ever.",
         1800.0,
     )
+    compare_every: int | None = option(
+        "Steps between two comparisons of what all processes must have alike: the step, the batch "
+        "as each one's data gives it, and every array of which there are copies; null: only before "
+        "the first step.",
+        100,
+    )
 
     def problems(self) -> Problems:
-        every = ("log_every", "eval_every", "eval_batches", "save_every")
+        every = ("log_every", "eval_every", "eval_batches", "save_every", "compare_every")
         yield from positive(self, "steps", *every, "keep", "loss_chunk")
         yield from positive(self, "bad_steps", "spike_sigma", "watchdog")
         if self.microbatch != "auto":

@@ -17,6 +17,8 @@ PREEMPTED = 42
 STALLED = 43
 # Every checkpoint of the run is damaged.
 CHECKPOINT_LOST = 44
+# Another run has the run directory now, and goes on.
+TAKEN_OVER = 45
 # SIGINT, as shells have it. In a training run what was done is saved.
 INTERRUPTED = 130
 # SIGTERM in any other verb.

@@ -450,9 +450,14 @@ def dump(instance: Any) -> str:
     return text
 
 
+def plain_leaves(instance: Any) -> Iterator[tuple[str, Any]]:
+    """`(path, value)` of each field that is no section, as YAML has it."""
+    return _leaves(_plain(instance))
+
+
 def differences(before: Any, after: Any) -> Iterator[tuple[str, str, str]]:
     """`(path, value before, value after)` for each leaf in which two instances differ."""
-    old, new = dict(_leaves(_plain(before))), dict(_leaves(_plain(after)))
+    old, new = dict(plain_leaves(before)), dict(plain_leaves(after))
     for path in dict.fromkeys((*old, *new)):
         if path not in old or path not in new or old[path] != new[path]:
             yield (

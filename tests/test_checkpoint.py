@@ -434,3 +434,40 @@ def test_meta_has_what_every_leaf_was(tmp_path: Path) -> None:
     leaves = read_meta(tmp_path / "1")["leaves"]
     assert leaves["trainable"]["new.1.norm"]["shape"] == [2, 2, 3]
     assert {leaf["dtype"] for leaf in leaves["optimizer"].values()} == {"float32", "int32"}
+
+
+def test_what_is_not_permitted_is_neither_committed_nor_deleted(tmp_path: Path) -> None:
+    """Another run may have taken the directory over at any time, the last one just before the
+    commit."""
+    class Gone(UserError):
+        pass
+
+    def permitted() -> None:
+        asked.append(1)
+        if len(asked) > limit:
+            raise Gone("another run's")
+
+    told: list[Any] = []
+    tree = trainable()
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, tree, optimizer_state(tree), {})
+    asked, limit = [], 2  # to open, and to begin
+
+    def failed(*save: Any) -> None:
+        told.append(save)
+
+    with pytest.raises(Gone):
+        with Checkpoints(tmp_path, 2, failed, permitted) as checkpoints:
+            checkpoints.save(2, tree, optimizer_state(tree), {})
+            checkpoints.wait()
+    assert len(asked) >= 4 and told == []
+    assert committed_steps(tmp_path) == [1] and (tmp_path / "2/trainable").is_dir()
+    before = sorted(tmp_path.iterdir())
+    asked, limit = [], 1
+    with pytest.raises(Gone):
+        with Checkpoints(tmp_path, 2, permitted=permitted) as checkpoints:
+            checkpoints.save(3, tree, optimizer_state(tree), {})
+    assert sorted(tmp_path.iterdir()) == [entry for entry in before if entry.name != "2"]
+    asked, limit = [], 0
+    with pytest.raises(Gone):
+        Checkpoints(tmp_path, 2, permitted=permitted)

@@ -275,12 +275,21 @@ def test_the_launcher_shows_who_failed(program: Path, capfd: pytest.CaptureFixtu
     assert errors == "[1] speaks 1: -m llamapro_jax.cli train a.yaml\n[1] lost\n"
 
 
+@pytest.mark.parametrize("status", [2, 42, 44])
 def test_what_the_first_said_is_not_said_again(
+    program: Path, capfd: pytest.CaptureFixture[str], status: int
+) -> None:
+    program.write_text(f"#!/usr/bin/env bash\necho 'error: bad' >&2\nexit {status}\n")
+    assert local.main(["--processes", "3", "--", "train", "a.yaml"]) == status
+    assert capfd.readouterr().err == "error: bad\n"
+
+
+def test_the_stacks_of_each_stalled_process_are_shown(
     program: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    program.write_text("#!/usr/bin/env bash\necho 'error: bad' >&2\nexit 2\n")
-    assert local.main(["--processes", "3", "--", "train", "a.yaml"]) == 2
-    assert capfd.readouterr().err == "error: bad\n"
+    program.write_text('#!/usr/bin/env bash\necho "stack of $JAX_PROCESS_ID" >&2\nexit 43\n')
+    assert local.main(["--", "train", "a.yaml"]) == 43
+    assert capfd.readouterr().err == "stack of 0\n[1] stack of 1\n"
 
 
 def test_the_launcher_ends_what_does_not_end(

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from runs import (
+    VOCABULARY,
     assert_same_run,
     digests,
     log_lines,
@@ -31,6 +32,7 @@ from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.config import save_config
 from llamapro_jax.errors import UserError
 from llamapro_jax.expand import expand
+from llamapro_jax.hf.tokenizer import train_tokenizer
 from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
@@ -361,10 +363,10 @@ def refused(run: Path, config: Any, message: str) -> None:
 
 
 def test_other_settings_are_refused_with_the_difference(work: Path, begun: Path) -> None:
-    config = config_of(work, begun, optimizer__learning_rate=0.02, training__steps=9, seed=3)
+    config = config_of(work, begun, optimizer__learning_rate=0.02, training__steps=7, seed=3)
     refused(begun, config, r"(?s)optimizer.learning_rate: 0.01 -> 0.02.*name another output")
     refused(begun, config, "seed: 0 -> 3")
-    refused(begun, config, "training.steps: 8 -> 9")
+    refused(begun, config, "training.steps: 8 -> 7")
 
 
 def test_another_base_is_refused(work: Path, begun: Path, tmp_path: Path) -> None:
@@ -377,6 +379,36 @@ def test_another_plan_is_refused(work: Path, begun: Path, tmp_path: Path) -> Non
     expand(str(work / "base"), tmp_path / "plan", positions=[0, 1], to="flax", prove=False)
     config = run_config(tmp_path / "plan", work / "texts", begun)
     refused(begun, config, r"another plan.*new ones at \[2, 5\].*new ones at \[1, 3\]")
+
+
+def test_another_tokenizer_is_refused(work: Path, begun: Path, tmp_path: Path) -> None:
+    """Of rows that were prepared before, nothing else says which tokenizer they are for."""
+    shutil.copytree(work / "model", tmp_path / "model")
+    train_tokenizer(["other words altogether"], VOCABULARY, tmp_path / "model")
+    config = run_config(tmp_path / "model", work / "texts", begun)
+    refused(begun, config, "another tokenizer: .*has fingerprint [0-9a-f]{12}, the run began with")
+
+
+def test_a_run_may_become_longer(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With learning rates that do not depend on its length it is then as if it always was."""
+    constant = {
+        "optimizer__schedule": "constant",
+        "optimizer__warmup_steps": 1,
+        "training__eval_every": None,
+        "data__eval": [],
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(config_of(work, run, training__steps=3, **constant))
+    train(config_of(work, run, training__steps=5, **constant))
+    assert f"{run}: goes on to step 5 instead of 3; from step 3 on the" in capsys.readouterr().out
+    train(config_of(work, whole, training__steps=5, **constant))
+    assert saved_arrays(run, 5) == saved_arrays(whole, 5)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 5
+    [event] = read_events(run)
+    assert [event[key] for key in ("event", "step", "before", "now")] == ["made longer", 3, 3, 5]
+    refused(run, config_of(work, run, training__steps=4, **constant), "training.steps: 5 -> 4")
 
 
 def test_other_texts_are_refused(work: Path, begun: Path) -> None:
@@ -444,7 +476,8 @@ train(load_config({str(tmp_path / "config.yaml")!r}))
     try:
         assert first.stdout is not None
         assert any(line == "training\n" for line in first.stdout)
-        refused(run, config, "run: another process trains here; wait until it ends")
+        message = rf"run: another process trains here \(process {first.pid} on .*, lease renewed"
+        refused(run, config, message)
     finally:
         first.kill()
         first.communicate()

@@ -15,7 +15,7 @@ from runs import digests, run_config, write_model, write_texts
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.training import setup
-from llamapro_jax.training.lock import RunLock
+from llamapro_jax.training.lease import Lease
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.stopping import Stopped
@@ -35,8 +35,8 @@ def config_of(work: Path, output: Path, **changes: Any) -> Any:
 
 
 def prepared(work: Path, output: Path, **changes: Any) -> setup.Data:
-    with RunLock() as lock:
-        return setup.prepare(config_of(work, output, **changes), lock, RunFiles(output)).data
+    with Lease() as lease:
+        return setup.prepare(config_of(work, output, **changes), lease, RunFiles(output)).data
 
 
 # ------------------------------------------------------------------- bad input
@@ -185,8 +185,8 @@ def test_an_attention_that_cannot_run_here_stops_before_anything_is_written(
 def told_by_first(work: Path, output: Path) -> tuple[Any, dict[str, Any]]:
     """The configuration, and what process 0 tells the others of the run that it prepared."""
     config = config_of(work, output)
-    with RunLock() as lock:
-        first = setup.prepare(config, lock, RunFiles(config.output))
+    with Lease() as lease:
+        first = setup.prepare(config, lease, RunFiles(config.output))
     (output / setup.START_FILE).write_text("this start")
     rows = {where: (rows.path, rows.split) for where, rows in first.data.rows.items()}
     return config, {"token": "this start", "resume_step": None, "rows": rows}
@@ -196,8 +196,8 @@ def test_another_process_opens_what_the_first_prepared(work: Path, tmp_path: Pat
     config, told = told_by_first(work, tmp_path / "run")
     before = digests(tmp_path / "run")
     other = setup._follow(config, RunFiles(config.output), told)
-    with RunLock() as lock:
-        first = setup.prepare(config, lock, RunFiles(config.output))
+    with Lease() as lease:
+        first = setup.prepare(config, lease, RunFiles(config.output))
     assert digests(tmp_path / "run") == before
     assert other.record == first.record and other.data.fingerprints == first.data.fingerprints
     for name, array in first.data.mixture.batch(3).items():

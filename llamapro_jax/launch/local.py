@@ -18,6 +18,14 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
+from llamapro_jax.exit_codes import (
+    CHECKPOINT_LOST,
+    INTERRUPTED,
+    PREEMPTED,
+    REFUSED,
+    TAKEN_OVER,
+    TERMINATED,
+)
 from llamapro_jax.launch.processes import ADDRESS, COUNT, INDEX, free_port
 
 EXAMPLE = """\
@@ -29,8 +37,9 @@ example, two processes with four devices each:
 # How long, in seconds, the other processes have to end after one failed.
 _GRACE = 60
 _SHOWN_LINES = 40
-# Statuses of what process 0 has said already: bad input, preempted, interrupted, terminated.
-_SAID = (2, 42, 130, 143)
+# What process 0 has said for all. Not STALLED: the stacks of each process are its own, and those
+# of the one that hung may be nowhere else.
+_SAID = (REFUSED, PREEMPTED, CHECKPOINT_LOST, TAKEN_OVER, INTERRUPTED, TERMINATED)
 
 
 def environment(

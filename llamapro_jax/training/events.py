@@ -19,6 +19,8 @@ EVENTS_FILE = "events.jsonl"
 
 SET_ASIDE = "step set aside"
 SAVE_FAILED = "save failed"
+LENGTHENED = "made longer"
+TAKEN_OVER = "taken over"
 
 
 def record_event(directory: Path, event: str, step: int, **details: Any) -> None:

@@ -1,51 +1,60 @@
-"""One process at a time trains in a run directory."""
+"""A lock that the kernel keeps: exact and at once, but only as far as the file system shares it."""
 
 from __future__ import annotations
 
 import fcntl
+import os
+import socket
 from pathlib import Path
 from typing import BinaryIO
 
-from llamapro_jax.errors import UserError
-from llamapro_jax.remote import RemotePath
-
 LOCK_FILE = ".lock"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunLock:
-    """A context manager that lets go of the lock; the kernel does when the process dies."""
+    """The lock of a run's directory. The kernel lets go of it when the process dies."""
 
     def __init__(self) -> None:
         self._file: BinaryIO | None = None
+        # The kernel and the file of it, alike for all processes that the lock keeps apart. None
+        # before it was tried, and where there are no locks.
+        self.place: str | None = None
 
-    def take(self, directory: Path) -> None:
-        """Takes the lock of a run. It moves along when the directory is renamed.
+    @property
+    def held(self) -> bool:
+        """Whether this process has it, so that no other one with the same place can."""
+        return self._file is not None and self.place is not None
 
-        Raises UserError when another process has it.
+    def take(self, directory: Path) -> bool:
+        """False when another process has it. It moves along when the directory is renamed.
+
+        True as well where the file system has no locks.
         """
-        if isinstance(directory, RemotePath):
-            return  # A store has no locks.
+        if self._file is not None:
+            return True
         file = (directory / LOCK_FILE).open("ab")
+        status = os.fstat(file.fileno())
+        self.place = f"{_kernel()} {status.st_dev} {status.st_ino}"
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise taken(directory) from None
+            return False
         except OSError:
-            pass  # A file system without locks: the run goes on unguarded.
+            self.place = None
         self._file = file
+        return True
 
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-def taken(run: Path) -> UserError:
-    return UserError(
-        f"{run}: another process trains here; wait until it ends or stop it, or name another "
-        "output."
-    )
+def _kernel() -> str:
+    """Names the running kernel: containers of a machine share it, and a restart makes another."""
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return socket.gethostname()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,17 @@ from llamapro_jax.config import RunConfig, validate
 from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import write_json
-from llamapro_jax.flops import step_flops
 from llamapro_jax.launch.processes import count, from_first, is_first, settled
 from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
 from llamapro_jax.model.llama import Params
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.profiling import Profile
 from llamapro_jax.training.abstract import abstract_arguments
+from llamapro_jax.training.agreement import (
+    Comparison,
+    require_same_command,
+    require_same_inputs,
+)
 from llamapro_jax.training.bad_steps import BadSteps
 from llamapro_jax.training.batches import place_batch
 from llamapro_jax.training.beginning import differing, load, restore
@@ -50,7 +54,8 @@ from llamapro_jax.training.events import (
     record_event,
 )
 from llamapro_jax.training.fit import Fitted, device_memory, resolve
-from llamapro_jax.training.lock import RunLock
+from llamapro_jax.training.lease import Lease
+from llamapro_jax.training.rate import Rate
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
 from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.setup import Setup, finished, prepare
@@ -64,36 +69,43 @@ from llamapro_jax.training.step import Batch, build_eval_step, build_train_step
 from llamapro_jax.training.stopping import StopSignals
 from llamapro_jax.training.watchdog import Watchdog
 
+T = TypeVar("T")
 
-def train(config: RunConfig) -> Directory:
+
+def train(config: RunConfig, *, takeover: bool = False) -> Directory:
     """Trains until the last step, or on from the last checkpoint. Returns the run directory.
 
-    Raises UserError for bad input before anything is written, and `training.stopping.Stopped`
-    when SIGINT or SIGTERM asked it to stop and what it had done is saved.
+    takeover: ends another run that trains in the directory, instead of being refused.
+
+    Raises UserError for bad input before anything is written, `training.stopping.Stopped` when
+    SIGINT or SIGTERM asked it to stop and what it had done is saved, and
+    `training.lease.TakenOver` when another run took the directory over.
     """
     validate(config)
     with (
         compilation_cache(config.compilation_cache),
         StopSignals() as stop,
-        RunLock() as lock,
-        RunFiles(config.output) as place,
+        Lease(takeover) as lease,
+        RunFiles(config.output, lease.confirm) as place,
     ):
         directory = place.run
         with stop.at_once(
             f"{directory}: stopped while it was prepared. Run the same command again to go on."
         ):
+            require_same_command(config)
             summary = from_first(lambda: finished(config, place))
             if summary is not None:
                 steps = summary["steps"]
                 _say(f"{directory}: is finished ({steps} steps). {_frozen_line(summary)}.")
                 return directory
-            setup = prepare(config, lock, place)
+            setup = prepare(config, lease, place)
+            require_same_inputs(setup)
         with (
             jax.set_mesh(setup.mesh),
             Watchdog(config.training.watchdog, place.files, place) as watchdog,
         ):
             place.keep_copying()
-            _run(setup, stop, watchdog)
+            _run(setup, lease, stop, watchdog)
     return directory
 
 
@@ -111,6 +123,7 @@ class _Progress:
     """
 
     setup: Setup
+    lease: Lease
     state: TrainState
     frozen: Params
     optimizer: optax.GradientTransformation
@@ -120,6 +133,7 @@ class _Progress:
     stop: StopSignals
     watchdog: Watchdog
     bad_steps: BadSteps
+    compare: Comparison
     seconds: float
     evaluate_step: Any
     compiled_step: Any = None
@@ -141,7 +155,7 @@ class _Progress:
         return self.setup.resume_step if saved is None else saved
 
 
-def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
+def _run(setup: Setup, lease: Lease, stop: StopSignals, watchdog: Watchdog) -> None:
     config, source = setup.config, setup.source
     spec, dtype = config.trainable, config.compute_dtype
     _say(format_table(trainable_table(source.config, source.plan, spec, dtype)))
@@ -156,6 +170,7 @@ def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
         seconds = 0.0
         if setup.resume_step is not None:
             watchdog.progress("loading a checkpoint", slow=True)
+            from_first(lease.confirm)  # damaged steps are set aside
             wanted = abstract((state.trainable, state.opt_state))
             del state  # or there would be two in memory
             setup, state, seconds = restore(setup, *wanted)
@@ -165,6 +180,7 @@ def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
             setup.directory / CHECKPOINTS,
             config.training.keep,
             partial(_save_failed, setup),
+            permitted=lease.confirm,
             before=setup.place.copy,
         ) as checkpoints,
         MetricsWriter(
@@ -185,6 +201,7 @@ def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
             display.message(f"{setup.directory}: going on from step {setup.resume_step}")
         run = _Progress(
             setup=setup,
+            lease=lease,
             state=state,
             frozen=frozen,
             optimizer=optimizer,
@@ -194,6 +211,7 @@ def _run(setup: Setup, stop: StopSignals, watchdog: Watchdog) -> None:
             stop=stop,
             watchdog=watchdog,
             bad_steps=BadSteps(setup, display.message),
+            compare=Comparison(setup, config.training.compare_every),
             seconds=seconds,
             evaluate_step=build_eval_step(
                 source.config,
@@ -254,23 +272,30 @@ def _batch(setup: Setup, step: int) -> Batch:
 
 def _take_steps(run: _Progress) -> None:
     setup, training = run.setup, run.setup.config.training
+    run.watchdog.progress("comparing the processes", slow=True)
+    run.compare(run.step, run.state, run.frozen)
     compiled = run.compiled_step or _compile(run)
     _stop_if_asked(run)
 
     run.watchdog.progress(f"taking step {run.step + 1}", slow=True)
-    rate = _Rate(setup, run.step)
+    rate = Rate(setup, run.step)
     with (
         Profile(setup.config.profile, setup.files, run.step, run.display.message) as profile,
-        Prefetcher(lambda step: _batch(setup, step), run.step, training.steps) as batches,
+        Prefetcher(
+            lambda step: (_batch(setup, step), run.compare.batch(step)), run.step, training.steps
+        ) as batches,
     ):
-        for batch in _readable(run, batches):
+        for batch, number in _readable(run, batches):
             run.state, metrics = settled(
                 profile.take(run.step + 1, run.waiting, compiled, run.state, run.frozen, batch)
             )
+            run.lease.check()
             # One step waits while another runs: the device is busy, and a stop is never far.
             run.look()
             run.step += 1
             run.waiting = metrics
+            if run.compare.due(run.step):
+                run.compare(run.step, run.state, run.frozen, number)
             last = run.step == training.steps
             if last or run.step % training.log_every == 0:
                 _log(run, metrics, rate)
@@ -296,7 +321,7 @@ def _compile(run: _Progress) -> jax.stages.Compiled:
     return compiled
 
 
-def _readable(run: _Progress, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _readable(run: _Progress, batches: Iterator[T]) -> Iterator[T]:
     """The batches. When one cannot be read, what was done until then is saved first."""
     try:
         yield from batches
@@ -307,37 +332,11 @@ def _readable(run: _Progress, batches: Iterator[Batch]) -> Iterator[Batch]:
         raise
 
 
-class _Rate:
-    """Tokens a second between two lines of the log, evaluation and saving left out."""
-
-    def __init__(self, setup: Setup, step: int) -> None:
-        source, data = setup.source, setup.config.data
-        self.tokens_a_step = data.batch_size * data.sequence_length
-        self.flops_a_token = step_flops(
-            source.config, source.plan, setup.config.trainable, data.sequence_length
-        ).total
-        self._since = (step, time.monotonic())
-
-    def pause(self, seconds: float) -> None:
-        step, since = self._since
-        self._since = (step, since + seconds)
-
-    def take(self, step: int) -> dict[str, float]:
-        before, since = self._since
-        now = time.monotonic()
-        self._since = (step, now)
-        rate = (step - before) * self.tokens_a_step / max(now - since, 1e-9)
-        return {
-            "tokens_per_second": rate,
-            "useful_flops_per_second": rate * self.flops_a_token,
-        }
-
-
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _log(run: _Progress, metrics: Any, rate: _Rate) -> None:
+def _log(run: _Progress, metrics: Any, rate: Rate) -> None:
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     record = run.metrics.write(
         "train",
@@ -366,6 +365,7 @@ def _evaluate_if_due(run: _Progress) -> None:
 
         def stopped(first: Iterator[bool], name: str = name) -> bool:
             # The first batch may compile.
+            run.lease.check()
             run.watchdog.progress(f"evaluating {name}", slow=next(first))
             return run.stop.requested()
 
@@ -426,6 +426,7 @@ def _require_frozen(run: _Progress) -> None:
 
 
 def _stop_if_asked(run: _Progress) -> None:
+    run.lease.check()
     if not run.stop.requested():
         return
     if run.step:
@@ -440,6 +441,7 @@ def _stop_if_asked(run: _Progress) -> None:
 def _finish(run: _Progress) -> None:
     """Proves that the frozen weights are those of the start, and writes summary.json."""
     _require_frozen(run)
+    from_first(run.lease.confirm)
     if is_first():
         _summarise(run)
 

@@ -11,29 +11,38 @@ from __future__ import annotations
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.local_copies import THREADS, upload
-from llamapro_jax.remote import RemotePath, Unreachable, as_path, check_writable
+from llamapro_jax.remote import RemotePath, as_path, check_writable
+from llamapro_jax.training.lease import LEASE_FILE, REQUEST_FILE, TakenOver
 from llamapro_jax.training.run_directory import CHECKPOINTS, DATA, NOT_OF_THE_MODEL, RUN_FILE
 
 # Seconds between two looks at what is to be copied to the store.
 EVERY = 15.0
 # There while a new run is copied to the store, and longer only when that was cut short.
 _CREATING = ".creating"
-# Of the lease, which is read and written in the store itself.
-LEASE_FILES = ("lease.json", "takeover.json")
+# They are read and written in the store itself.
+LEASE_FILES = (LEASE_FILE, REQUEST_FILE)
 
 
 class RunFiles:
     """A context manager. run: the run's directory as it was named. files: where its files are,
-    all but `checkpoints/` and `data/`, which are in `run`."""
+    all but `checkpoints/` and `data/`, which are in `run`.
 
-    def __init__(self, run: str | Path | RemotePath) -> None:
+    permitted: raises UserError when the directory is another run's, and is asked before anything
+    is copied there.
+    """
+
+    def __init__(
+        self, run: str | Path | RemotePath, permitted: Callable[[], None] = lambda: None
+    ) -> None:
         self.run = as_path(run)
+        self._permitted = permitted
         self._remote = self.run if isinstance(self.run, RemotePath) else None
         self._known: dict[str, tuple[int, int]] = {}
         self._copying = threading.Lock()
@@ -91,16 +100,23 @@ class RunFiles:
             self._known = states
 
     def copy(self) -> None:
-        """Copies what changed to the store. Raises Unreachable."""
+        """Copies what changed to the store. Raises Unreachable, and as `permitted`."""
         if self._remote is None or not self.files.is_dir():
             return
         with self._copying:
+            self._permitted()
             states = self._states()
             changed = [name for name, state in states.items() if self._known.get(name) != state]
             # A file that is replaced meanwhile is copied the next time.
             changed = [name for name in changed if (self.files / name).is_file()]
             upload(self.files, self._remote, changed)
             self._known |= {name: states[name] for name in changed}
+
+    def remove(self, name: str) -> None:
+        """Of a file: here and in the store."""
+        (self.files / name).unlink(missing_ok=True)
+        if self._remote is not None:
+            (self._remote / name).unlink(missing_ok=True)
 
     def keep_copying(self) -> None:
         """From now on, in a thread, until the context is left."""
@@ -110,7 +126,7 @@ class RunFiles:
     def _copy_again(self) -> None:
         while not self._over.wait(EVERY):
             # Before the next checkpoint it is tried again, and told if that fails.
-            with suppress(Unreachable):
+            with suppress(UserError):
                 self.copy()
 
     def _states(self) -> dict[str, tuple[int, int]]:
@@ -131,8 +147,11 @@ class RunFiles:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         try:
-            self.copy()
-        except Unreachable as error:
+            if kind is None or not issubclass(kind, TakenOver):
+                self.copy()
+        except UserError as error:
+            if kind is None:
+                raise
             print(f"warning: the last lines of the log are lost: {error}", file=sys.stderr)
         finally:
             if self._temporary is not None:

@@ -49,8 +49,9 @@ from llamapro_jax.remote import is_remote
 from llamapro_jax.sharding import build_mesh, check_model
 from llamapro_jax.sinks import copy_tokenizer, lineage_entry
 from llamapro_jax.sources import FlaxSource, Source, open_source
+from llamapro_jax.training.events import LENGTHENED, TAKEN_OVER, record_event
 from llamapro_jax.training.fit import check_rows
-from llamapro_jax.training.lock import RunLock, taken
+from llamapro_jax.training.lease import Lease, taken
 from llamapro_jax.training.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -117,8 +118,8 @@ def finished(config: RunConfig, place: RunFiles) -> dict[str, Any] | None:
     return read_json(summary)
 
 
-def prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
-    """Opens the model, the texts and the run directory, and takes the lock of the latter.
+def prepare(config: RunConfig, lease: Lease, place: RunFiles) -> Setup:
+    """Opens the model, the texts and the run directory, and takes the lease of the latter.
 
     `config` is valid and `finished(config, place)` raised nothing. All processes of the run call
     this. Raises UserError for all bad input, when another run trains in the directory, and when
@@ -127,7 +128,7 @@ def prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
     prepared: list[Setup] = []
 
     def first() -> dict[str, Any]:
-        setup = _prepare(config, lock, place)
+        setup = _prepare(config, lease, place)
         prepared.append(setup)
         token = uuid.uuid4().hex
         if count() > 1:
@@ -142,7 +143,7 @@ def prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
     return prepared[0] if prepared else _follow(config, place, told)
 
 
-def _prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
+def _prepare(config: RunConfig, lease: Lease, place: RunFiles) -> Setup:
     directory = place.files
     mesh = build_mesh(config.mesh)
     source = open_source(config.model, masters=True)
@@ -154,16 +155,22 @@ def _prepare(config: RunConfig, lock: RunLock, place: RunFiles) -> Setup:
     tokenizer = _tokenizer(source.directory)
     template = check_texts(config, tokenizer)
     if not is_run(directory):
-        _create(config, place, source, tokenizer, template, lock)
+        _create(config, place, source, tokenizer, template, lease)
         record = RunRecord.read(directory)
         data = open_data(config, place.run, source.config.vocab_size, tokenizer)
     else:
-        lock.take(place.run)
+        # Who asks another run to end has shown before that it can go on in its place.
+        if not lease.takeover:
+            _take(lease, place)
         record = _check_model(place, source)
+        _check_tokenizer(place, source, tokenizer)
         _check_texts_are_same(config, place, record, tokenizer)
+        if lease.takeover:
+            _take(lease, place)
         data = open_data(config, place.run, source.config.vocab_size, tokenizer)
         _check_same(place, record, data.fingerprints)
         check_not_lost(place.run / CHECKPOINTS)
+        _note_length(config, place)
         record = _update(config, directory, record)
         place.copy()
     steps = committed_steps(place.run / CHECKPOINTS)
@@ -196,6 +203,15 @@ def _wait_for_start(directory: Directory, token: str) -> None:
         time.sleep(0.2)
 
 
+def _take(lease: Lease, place: RunFiles) -> None:
+    former = lease.take(place.run)
+    if former is not None:
+        place.bring()  # it may have written until now
+        step = max(committed_steps(place.run / CHECKPOINTS), default=0)
+        print(f"{place.run}: takes over from {former}, at step {step}", flush=True)
+        record_event(place.files, TAKEN_OVER, step, former=former)
+
+
 # ------------------------------------------------------------------- checks
 
 
@@ -223,9 +239,12 @@ def _check_attention(config: RunConfig, source: Source, mesh: Mesh) -> None:
 
 
 def _check_config(config: RunConfig, place: RunFiles) -> None:
+    before = load_config(place.files / CONFIG_FILE)
     # Whether the model is the same is a matter of its fingerprint, not of its path.
-    may_change = (*MAY_CHANGE_ON_RESUME, "model")
-    lines = changed(load_config(place.files / CONFIG_FILE), config, may_change)
+    may_change = [*MAY_CHANGE_ON_RESUME, "model"]
+    if config.training.steps > before.training.steps:
+        may_change.append("training.steps")
+    lines = changed(before, config, may_change)
     if lines:
         raise UserError(
             f"{place.run}: holds a run that began with other settings:\n  "
@@ -255,6 +274,17 @@ def _check_model(place: RunFiles, source: Source) -> RunRecord:
     return record
 
 
+def _check_tokenizer(place: RunFiles, source: Source, tokenizer: Tokenizer | None) -> None:
+    own = _tokenizer(place.files)
+    before, now = (one.fingerprint if one else None for one in (own, tokenizer))
+    if now != before:
+        has, had = (one[:12] if one else "none" for one in (now, before))
+        raise UserError(
+            f"{place.run}: holds a run with another tokenizer: that of {source.path} has "
+            f"fingerprint {has}, the run began with {had}. Put it back, or name another output."
+        )
+
+
 def _check_texts_are_same(
     config: RunConfig, place: RunFiles, record: RunRecord, tokenizer: Tokenizer | None
 ) -> None:
@@ -265,10 +295,13 @@ def _check_texts_are_same(
 def _check_same(place: RunFiles, record: RunRecord, fingerprints: Mapping[str, str]) -> None:
     for name, fingerprint in fingerprints.items():
         # None: of a data set made by others nothing was recorded once.
-        if record.data.get(name) not in (None, fingerprint):
+        before = record.data.get(name)
+        if before not in (None, fingerprint):
             raise UserError(
                 f"data.{name}: its text or tokenizer changed since the run in {place.run} began, "
-                "which then would not read the same rows. Put it back, or name another output."
+                "which then would not read the same rows: its fingerprint was "
+                f"{str(before)[:12]}, and is {fingerprint[:12]}. Put it back, or name another "
+                "output."
             )
 
 
@@ -282,6 +315,21 @@ def _place(model: str) -> str:
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     return load_tokenizer(directory) if find_tokenizer(directory) else None
+
+
+def _note_length(config: RunConfig, place: RunFiles) -> None:
+    """Of a run that is to become longer than it was begun as: says so, and that it is not done."""
+    before, now = load_config(place.files / CONFIG_FILE).training.steps, config.training.steps
+    if now == before:
+        return
+    step = max(committed_steps(place.run / CHECKPOINTS), default=0)
+    print(
+        f"{place.run}: goes on to step {now} instead of {before}; from step {step} on the learning "
+        f"rates are those of a run of {now} steps",
+        flush=True,
+    )
+    record_event(place.files, LENGTHENED, step, before=before, now=now)
+    place.remove(SUMMARY_FILE)
 
 
 def _update(config: RunConfig, directory: Path, record: RunRecord) -> RunRecord:
@@ -298,15 +346,21 @@ def _create(
     source: Source,
     tokenizer: Tokenizer | None,
     template: str | None,
-    lock: RunLock,
+    lease: Lease,
 ) -> None:
+    if is_remote(place.run):
+        lease.take(place.run)
+        if is_run(place.run):  # It came, and its run ended, since this one looked.
+            raise taken(place.run)
     try:
-        _write_new(config, place, source, tokenizer, template, lock)
+        _write_new(config, place, source, tokenizer, template, lease)
     except (OSError, UserError):
         if is_run(place.run):  # The same command, at the same time, was first.
             raise taken(place.run) from None
         raise
     place.create()
+    if not is_remote(place.run):
+        lease.take(place.run)
 
 
 def _write_new(
@@ -315,11 +369,12 @@ def _write_new(
     source: Source,
     tokenizer: Tokenizer | None,
     template: str | None,
-    lock: RunLock,
+    lease: Lease,
 ) -> None:
     with atomic_directory(place.files) as temporary:
+        if not is_remote(place.run):
+            lease.lock.take(temporary)
         beside = place.run if is_remote(place.run) else temporary
-        lock.take(beside)
         data = open_data(config, beside, source.config.vocab_size, tokenizer)
         fingerprint = source.fingerprint()
         trained = lineage_entry(

@@ -2,7 +2,8 @@
 
 The same command again goes on from the last checkpoint. CONFIG is a YAML file, and any setting
 can be changed behind it as key.path=value; docs/configuration.md lists them all. Ctrl-C and
-SIGTERM end the step, save, and exit with status 130 and 42.
+SIGTERM end the step, save, and exit with status 130 and 42. Two runs never write into one
+directory: the second is refused, or with --takeover the first one ends, with status 45.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ llamapro train configs/llama2_7b_pro.yaml optimizer.learning_rate=3e-4 output=ru
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="end the run that trains in the output directory now, and go on from its newest "
+        "checkpoint",
+    )
     parser.add_argument(
         "overrides", metavar="key.path=value", nargs="*", help="a setting that differs from CONFIG"
     )
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         with joined():
             if is_first():
                 print(*flags, sep="\n", end="\n" * bool(flags), flush=True)
-            train(config)
+            train(config, takeover=args.takeover)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         end_if_compiling(stopped.status)
