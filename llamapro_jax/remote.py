@@ -55,14 +55,19 @@ class Unreachable(UserError, OSError):
 
 def is_remote(place: Any) -> bool:
     """Whether `place` is a URL."""
-    return isinstance(place, RemotePath) or _URL.match(str(place)) is not None
+    text = str(place)
+    return _URL.match(text) is not None and not text.startswith("file://")
 
 
 def as_path(place: str | Path | RemotePath) -> Path | RemotePath:
     """The path of a place that a user named. Raises Unreachable where its package is missing."""
     if isinstance(place, RemotePath):
         return place
-    return RemotePath(str(place)) if is_remote(place) else Path(place).expanduser()
+    if not is_remote(place):
+        return Path(place).expanduser()
+    if str(place).startswith("file://"):
+        return Path(str(place).removeprefix("file://"))
+    return RemotePath(str(place))
 
 
 class RemotePath:
@@ -73,7 +78,9 @@ class RemotePath:
         assert match is not None, url
         self.scheme = _SAME.get(match[1], match[1])
         self._rest = str(PurePosixPath(match[2])).strip("/")
-        self._files = _filesystem(self.scheme)
+        self._files = _filesystem(self.scheme, str(self))
+        # As the store itself names it, which may be without the host.
+        self._name = self._files._strip_protocol(str(self)).rstrip("/")
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self._rest}"
@@ -139,12 +146,12 @@ class RemotePath:
 
     def iterdir(self) -> Iterator[RemotePath]:
         with suppress(FileNotFoundError):  # an empty directory is none at all
-            names = (self._child(name) for name in self._ask("ls", detail=False))
-            yield from (path for path in names if path != self)
+            names = map(self._within, self._ask("ls", detail=False))
+            yield from (self / name for name in names if name)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        for name in self._ask("glob", suffix=f"/{pattern}"):
-            yield self._child(name)
+        for name in self._retried(lambda: self._files.glob(f"{self}/{pattern}")):
+            yield self / self._within(name)
 
     def files(self, without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
         """All files below, by their names within, as fsspec describes them, at this moment.
@@ -166,12 +173,11 @@ class RemotePath:
             found = self._ask("find", detail=True)
         except FileNotFoundError:
             return {}
-        described = {str(self._child(name)): info for name, info in found.items()}
-        return {
-            name.removeprefix(f"{self}/"): info
-            for name, info in sorted(described.items())
-            if name != str(self) and not info["name"].endswith("/")
-        }
+        # Names that end with a slash are what some programs put in the place of directories.
+        names = (
+            (self._within(name), info) for name, info in sorted(found.items()) if name[-1] != "/"
+        )
+        return {name: info for name, info in names if name}
 
     def info(self) -> dict[str, Any]:
         return self._ask("info")
@@ -215,6 +221,7 @@ class RemotePath:
                 self._ask("rm", recursive=True)
             if not self.files():
                 return
+        raise Unreachable(f"{self}: cannot be removed; see whether something writes there.")
 
     def copy(self, other: RemotePath) -> None:
         """Of a file, to another place of the same store, without bringing it here."""
@@ -222,12 +229,13 @@ class RemotePath:
 
     # ----------------------------------------------------------- how
 
-    def _child(self, name: str) -> RemotePath:
-        return RemotePath(f"{self.scheme}://{name.partition('://')[2] or name}")
+    def _within(self, name: str) -> str:
+        """Of a name as the store gives it; empty for this one itself."""
+        return self._files._strip_protocol(name).removeprefix(self._name).strip("/")
 
-    def _ask(self, method: str, *arguments: Any, suffix: str = "", **named: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
         function = getattr(self._files, method)
-        return self._retried(lambda: function(f"{self}{suffix}", *arguments, **named))
+        return self._retried(lambda: function(str(self), *arguments, **named))
 
     def _retried(self, action: Callable[[], Any]) -> Any:
         for attempt in range(ATTEMPTS):
@@ -241,7 +249,7 @@ class RemotePath:
                 why = error
                 if _status(error) not in _PASSING and (_refused(error) or not _passes(error)):
                     break
-        raise unreachable(self, why) from why
+        raise unreachable(self, why, attempt + 1) from why
 
 
 def _status(error: BaseException) -> int | None:
@@ -264,32 +272,34 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, OSError | TimeoutError) or module in ("aiohttp", "requests", "urllib3")
 
 
-def unreachable(place: Any, error: BaseException) -> Unreachable:
+def unreachable(place: RemotePath, error: BaseException, attempts: int = 1) -> Unreachable:
     """What a user is told of an error of a store."""
-    path = as_path(place)
-    scheme = path.scheme if isinstance(path, RemotePath) else ""
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if _refused(error):
-        mend = _CREDENTIALS.get(scheme, "Sign in to it.")
+        mend = _CREDENTIALS.get(place.scheme, "Sign in to it.")
         return Unreachable(f"{place}: the store refuses this ({reason[:200]}). {mend}")
+    asked = f", asked {attempts} times" if attempts > 1 else ""
     return Unreachable(
-        f"{place}: the store does not answer ({type(error).__name__}: {reason[:200]}), asked "
-        f"{ATTEMPTS} times. See whether the network and the store are up, and run it again."
+        f"{place}: the store does not do this ({type(error).__name__}: {reason[:200]}){asked}. See "
+        "whether the name is right, and the network and the store are up, and run it again."
     )
 
 
-_filesystems: dict[tuple[str, int], Any] = {}
+_filesystems: dict[tuple[Any, ...], Any] = {}
 
 
-def _filesystem(scheme: str) -> Any:
-    """Of a scheme, in this process: connections do not outlive a fork."""
-    key = scheme, os.getpid()
+def _filesystem(scheme: str, url: str) -> Any:
+    """The store of a URL. One in this process: fsspec's own are one for each thread, and
+    connections do not outlive a fork."""
+    # A bucket is part of a name; a host is not.
+    host = "" if scheme in _PACKAGES else url.partition("://")[2].partition("/")[0]
+    key = scheme, host, os.getpid()
     if key not in _filesystems:
-        _filesystems[key] = _new_filesystem(scheme)
+        _filesystems[key] = _new_filesystem(scheme, url)
     return _filesystems[key]
 
 
-def _new_filesystem(scheme: str) -> Any:
+def _new_filesystem(scheme: str, url: str) -> Any:
     import fsspec
     from fsspec.config import conf
 
@@ -299,7 +309,7 @@ def _new_filesystem(scheme: str) -> Any:
     # It prints a traceback of what is raised anyway.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
-        return fsspec.filesystem(scheme)
+        return fsspec.core.url_to_fs(url)[0]
     except ImportError as error:
         missing = _PACKAGES.get(scheme) or error.name or str(error)
         install = f"pip install {_EXTRAS.get(missing, missing)}"

@@ -68,6 +68,7 @@ def test_a_url_is_remote_and_nothing_else_is(tmp_path: Path) -> None:
     assert as_path(str(tmp_path)) == tmp_path
     assert as_path("~/models") == Path.home() / "models"
     assert as_path("org/name@main") == Path("org/name@main")
+    assert as_path(f"file://{tmp_path}") == tmp_path
     path = as_path("memory://store//here/")
     assert str(path) == "memory://store/here"
     assert str(path / "a" / "b") == "memory://store/here/a/b"
@@ -182,7 +183,7 @@ def test_what_stays_wrong_is_no_missing_file(
     (step / COMMIT_FILE).write_text("")
     monkeypatch.setattr(memory._files, "info", down)
     for question in (committed_steps, remove_leftovers):
-        with pytest.raises(Unreachable, match="does not answer.*asked 5 times"):
+        with pytest.raises(Unreachable, match="does not do this.*asked 5 times"):
             question(memory)
     monkeypatch.undo()
     assert committed_steps(memory) == [4]
