@@ -280,7 +280,9 @@ def _take_steps(run: _Progress) -> None:
     run.watchdog.progress(f"taking step {run.step + 1}", slow=True)
     rate = Rate(setup, run.step)
     with (
-        Profile(setup.config.profile, setup.files, run.step, run.display.message) as profile,
+        Profile(
+            setup.config.profile, setup.files, run.step, run.display.message, setup.directory
+        ) as profile,
         Prefetcher(
             lambda step: (_batch(setup, step), run.compare.batch(step)), run.step, training.steps
         ) as batches,
