@@ -12,11 +12,16 @@ import fsspec
 import numpy as np
 import pytest
 from checkpoints import write_tiny
+from data_sources import ByteTokenizer
 from fake_gcs import FakeGcs, Request, shared
 
 from llamapro_jax import local_copies, remote
 from llamapro_jax.checkpoint_files import COMMIT_FILE, committed_steps, remove_leftovers, set_aside
+from llamapro_jax.config import SourceConfig
 from llamapro_jax.convert import convert
+from llamapro_jax.data.dataset import Rows, open_rows
+from llamapro_jax.data.dataset import open_source as open_source_of_rows
+from llamapro_jax.data.preparation.prepare import Preparation
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_write, read_json, require_new_directory, write_json
 from llamapro_jax.flax_checkpoint import StackedArrays
@@ -279,6 +284,36 @@ def test_a_copy_that_differs_from_the_store_is_made_again(
     monkeypatch.setattr(RemotePath, "get", damaging)
     assert (fetched("gs://bucket/models/a") / "weights").read_bytes() == b"right"
     assert len(calls) == 2
+
+
+# ------------------------------------------------------------------- texts
+
+
+def test_a_text_is_prepared_for_a_store_once_and_read_from_it(
+    monkeypatch: pytest.MonkeyPatch, memory: RemotePath, tmp_path: Path
+) -> None:
+    (memory / "lines.txt").write_text("some text\n" * 50)
+    settings = {"sequence_length": 16, "vocab_size": 258, "tokenizer": ByteTokenizer()}
+
+    def opened() -> Rows:
+        entry = SourceConfig(name="lines", path=f"{memory}/lines.txt")
+        return open_source_of_rows(entry, cache_directory=f"{memory}/data", **settings)
+
+    first = opened()
+    assert first.path.startswith("memory://store/here/data/lines-")
+    (tmp_path / "lines.txt").write_bytes((memory / "lines.txt").read_bytes())
+    entry = SourceConfig(name="lines", path=str(tmp_path / "lines.txt"))
+    local = open_source_of_rows(entry, cache_directory=tmp_path / "data", **settings)
+    assert first.digest == local.digest and Path(local.path).name == as_path(first.path).name
+    np.testing.assert_array_equal(
+        first.read(range(len(first)))["tokens"], local.read(range(len(local)))["tokens"]
+    )
+    monkeypatch.setattr(Preparation, "run", None)  # another host takes what is there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other host"))
+    assert opened().digest == local.digest
+    again = open_rows(first.path, sequence_length=16, vocab_size=258)
+    assert again.digest == local.digest and again.path == first.path
+    assert not list(local_copies.root().glob(".scratch-*"))
 
 
 # ------------------------------------------------------------------- steps and models
