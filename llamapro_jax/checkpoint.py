@@ -172,7 +172,7 @@ class Checkpoints:
         directory = self.directory / str(save.step)
         mine = save.end()
         from_first(self._permitted)
-        reason = first_given(mine) or from_first(lambda: _not_written(directory))
+        reason = first_given(mine) or from_first(lambda: _problem_of(directory))
         if reason is None:
             self.saved, self._failures = save.step, []
             from_first(lambda: self._delete_old(max(self._keep, _ALWAYS_KEPT)))
@@ -250,7 +250,10 @@ class Checkpoints:
         )
 
     def _delete_old(self, keep: int) -> None:
-        for step in committed_steps(self.directory)[:-keep]:
+        steps: list[int] = []
+        with suppress(Unreachable):  # after the next save it is looked again
+            steps = committed_steps(self.directory)
+        for step in steps[:-keep]:
             old = self.directory / str(step)
             if isinstance(old, Path):
                 trash = self.directory / f".deleted-{step}"
@@ -343,6 +346,13 @@ def _new_name() -> str:
 
 def _not_expected(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in _EXPECTED)
+
+
+def _problem_of(step: Directory) -> str | None:
+    try:
+        return _not_written(step)
+    except Unreachable as error:
+        return first_line(error)
 
 
 def _not_written(step: Directory) -> str | None:

@@ -205,8 +205,8 @@ def _wait_for_start(directory: Directory, token: str) -> None:
 
 def _take(lease: Lease, place: RunFiles) -> None:
     former = lease.take(place.run)
+    place.bring()  # the run before this one may have written until now
     if former is not None:
-        place.bring()  # it may have written until now
         step = max(committed_steps(place.run / CHECKPOINTS), default=0)
         print(f"{place.run}: takes over from {former}, at step {step}", flush=True)
         record_event(place.files, TAKEN_OVER, step, former=former)
