@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+# Read when gcsfs is imported: it would ask Google what kind of bucket this is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)")
 _OBJECTS = re.compile(r"(?:/upload)?/storage/v1/b/([^/]+)/o/?")
 _BUCKET = re.compile(r"/storage/v1/b/([^/]+)/?")
@@ -78,12 +81,7 @@ class FakeGcs:
 
     def environment(self) -> dict[str, str]:
         """What gcsfs and TensorStore find the server by."""
-        return {
-            "STORAGE_EMULATOR_HOST": self.url,
-            "TENSORSTORE_GCS_HTTP_URL": self.url,
-            # It would ask Google what kind of bucket this is.
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
+        return {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url}
 
     def names(self, prefix: str = "", bucket: str = "bucket") -> list[str]:
         with self.lock:
@@ -134,6 +132,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     fake: FakeGcs
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that does not wait for its answer is nothing to tell."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -159,8 +160,9 @@ def verifies(bucket: FakeGcs, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def damage(bucket: FakeGcs, prefix: str) -> str:
-    """Flips a bit in the largest object."""
-    name = max(bucket.names(prefix), key=lambda name: len(bucket.read(name)))
+    """Flips a bit in the largest chunk of an array."""
+    chunks = [name for name in bucket.names(prefix) if re.search(r"/[0-9.]+$", name)]
+    name = max(chunks, key=lambda name: len(bucket.read(name)))
     data = bytearray(bucket.read(name))
     data[len(data) // 2] ^= 1
     bucket.write(name, bytes(data))
