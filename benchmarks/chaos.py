@@ -31,6 +31,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from benchmarks.chaos_parts import plan, results  # noqa: E402
 from benchmarks.chaos_parts.campaign import Campaign  # noqa: E402
+from benchmarks.chaos_parts.group import Hangs  # noqa: E402
 from benchmarks.chaos_parts.lap import Failed, Surroundings  # noqa: E402
 from benchmarks.chaos_parts.material import STEPS, Material  # noqa: E402
 from benchmarks.chaos_parts.sweep import sweep  # noqa: E402
@@ -72,8 +73,8 @@ def main() -> int:
             run = work / "runs" / "undisturbed"
             number = SHORT_SWEEP if args.faults < SHORT else None
             kept.swept(**sweep(run, work, number, args.seed))
-    except Failed as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (Failed, Hangs) as error:
+        print(f"error: {error or 'nothing moves any more'}; see {work / 'logs'}", file=sys.stderr)
         return 2
     minutes = (time.monotonic() - began) / 60
     status = report(kept, args, minutes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -101,6 +102,27 @@ def _termination_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Notes(logging.Handler):
+    """What the package logs, as a line on standard error like every other message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _notes_are_plain() -> Iterator[None]:
+    """Libraries give the root logger handlers of their own, with their own prefixes."""
+    log, handler = logging.getLogger("llamapro_jax"), _Notes(logging.WARNING)
+    before = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = before
+
+
 def _described(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     return reason if error.filename is None else f"{error.filename}: {reason}"
@@ -118,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_codes.REFUSED
     parsed = build_parser().parse_args(arguments)
     try:
-        with _termination_raises():
+        with _termination_raises(), _notes_are_plain():
             status = verb_module(parsed.verb).run(parsed) or exit_codes.DONE
             sys.stdout.flush()
             return status
@@ -133,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return exit_codes.status_of(error)
     except (KeyboardInterrupt, _Terminated) as stopped:
-        print("stopped", file=sys.stderr)
+        print(getattr(verb_module(parsed.verb), "STOPPED", "stopped"), file=sys.stderr)
         return exit_codes.status_of(stopped)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from llamapro_jax.files import atomic_write, require_new_directory
 from llamapro_jax.fingerprint import Fingerprint
 from llamapro_jax.hf.config import read_config
 from llamapro_jax.hf.tokenizer import find_tokenizer, load_tokenizer
-from llamapro_jax.model.weights import total_parameters
+from llamapro_jax.model.weights import tensors, total_parameters
 from llamapro_jax.proof import PROOF_TEXT, compare_logits, proof_tokens
 from llamapro_jax.sinks import SHARD_BYTES, copy, lineage_entry
 from llamapro_jax.sources import Source, altered_by, open_source
+from llamapro_jax.training.run_directory import RunSource
 from llamapro_jax.views import Cast, Strength, Until
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,15 @@ DTYPES = {
 class Export:
     """What was written, and the largest difference of its logits from the stored model's.
 
-    The difference is zero unless another dtype was asked for.
+    The difference is zero unless another dtype was asked for. frozen_bits: of what a run did not
+    train, all of them unchanged; None where that was not compared: of no run, an earlier
+    generation, or another dtype.
     """
 
     parameters: int
     dtype: str
     largest_difference: float
+    frozen_bits: int | None
 
 
 def export(
@@ -74,8 +79,11 @@ def export(
     if dtype is not None:
         view = Cast(view, DTYPES[dtype])
     differences: list[float] = []
+    frozen: list[int] = []
 
     def check(directory: Path, fingerprint: Fingerprint) -> None:
+        if isinstance(stored, RunSource) and dtype is None and generation is None:
+            frozen.append(require_frozen(stored, fingerprint, destination))
         atomic_write(directory / "README.md", model_card(view, licence))
         check_transformers(directory)
         again = written(directory, str(destination), "hf")
@@ -104,7 +112,25 @@ def export(
         view, destination, "hf", lineage=lineage, shard_bytes=shard_bytes, check=check
     )
     dtypes = sorted({tensor.dtype for tensor in fingerprint.tensors.values()})
-    return Export(total_parameters(view.config), ", ".join(dtypes), differences[0])
+    parameters = total_parameters(view.config)
+    return Export(parameters, ", ".join(dtypes), differences[0], frozen[0] if frozen else None)
+
+
+def require_frozen(run: RunSource, written: Fingerprint, destination: str | Path) -> int:
+    """The bits of all tensors that the run did not train.
+
+    Raises UserError unless what was written of them is what the run began from, by their hashes.
+    """
+    before = run.base.fingerprint().tensors
+    frozen = [tensor for tensor in tensors(run.config) if run.address(tensor) is None]
+    changed = [t.name for t in frozen if written.tensors[t.name] != before[t.name]]
+    if changed:
+        raise UserError(
+            f"{destination}: {len(changed)} of the {len(frozen)} tensors that {run.path} did not "
+            f"train are not those of {run.base.path}, the first {changed[0]}; nothing was kept. "
+            "Check the memory and the disk of this machine."
+        )
+    return 8 * sum(math.prod(before[t.name].shape) * run.dtype(t).itemsize for t in frozen)
 
 
 def check_transformers(directory: Path) -> None:

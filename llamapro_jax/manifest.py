@@ -7,7 +7,9 @@ write it anew.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llamapro_jax.errors import UserError
@@ -25,14 +27,20 @@ def sha256_of(file: Path) -> str:
 
 
 def write_manifest(directory: Path, but: str | None = None) -> None:
-    """Hashes all files of `directory` but the model card, and writes SHA256SUMS.
+    """Hashes all files of `directory` but the model card and locks, and writes SHA256SUMS.
 
     but: a directory in it whose files have hashes of their own.
     """
     paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    names = sorted(p.as_posix() for p in paths if p.name not in NOT_LISTED and p.parts[0] != but)
-    lines = (f"{sha256_of(directory / name)}  {name}\n" for name in names)
+    names = sorted(p.as_posix() for p in paths if _is_listed(p) and p.parts[0] != but)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing frees Python's lock
+        sums = threads.map(sha256_of, [directory / name for name in names])
+        lines = [f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True)]
     atomic_write(directory / FILE, "".join(lines))
+
+
+def _is_listed(file: Path) -> bool:
+    return file.name not in NOT_LISTED and not file.name.startswith(".")
 
 
 def read_manifest(directory: Path) -> dict[str, str]:

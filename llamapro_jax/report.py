@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_write, read_json
 from llamapro_jax.local_copies import fetched
@@ -369,6 +370,24 @@ def _facts(
     return facts + list(_flat(model))
 
 
+def _kept(run: Path) -> list[tuple[str, Any]]:
+    """What a run says of its frozen weights, and of what went wrong, if anything did."""
+    file = run / "summary.json"
+    if not file.exists():
+        # No step is saved before the frozen weights are compared with those of the start.
+        steps = committed_steps(run / "checkpoints")
+        return [("frozen bits changed", f"0 at the save of step {steps[-1]:,}")] if steps else []
+    summary = read_json(file)
+    bits = summary.get("frozen_bits")
+    changed = f"{summary.get('frozen_bits_changed')} of {bits:,}" if bits else "nothing was frozen"
+    facts: list[tuple[str, Any]] = [("frozen bits changed", changed)]
+    for name in ("updates_skipped", "steps_set_aside", "saves_failed", "metrics_lost"):
+        if value := summary.get(name):
+            steps_of = ", ".join(map(str, value)) if isinstance(value, list) else value
+            facts.append((name.replace("_", " "), steps_of))
+    return facts
+
+
 def _settings(config_text: str) -> Mapping[str, Any]:
     try:
         config = yaml.safe_load(config_text)
@@ -384,16 +403,17 @@ def render(
     config_text: str = "",
     model: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    kept: Sequence[tuple[str, Any]] = (),
 ) -> str:
     """The page as HTML.
 
     `records` as `metrics.read_metrics` gives them (at least one), `config_text` the run's YAML,
     `model` any facts about the model (nested mappings become dotted names), `evaluation` a table
     `{"columns": [...], "rows": [[...]]}`, with `title`, `step` and `max_rows` where it has them,
-    and further tables in `more`.
+    and further tables in `more`, `kept` what stands below the facts about the run.
     """
     sections = [
-        "<h2>Run</h2>" + _table((), _facts(_settings(config_text), model or {}, records)),
+        "<h2>Run</h2>" + _table((), [*_facts(_settings(config_text), model or {}, records), *kept]),
         "<h2>Learning and forgetting</h2>" + _learning_section(records),
     ]
     if evaluation is not None:
@@ -420,7 +440,8 @@ def write_report(
     """Writes the report of a run directory, by default to `RUN/report.html`; returns its path.
 
     Reads `metrics.jsonl`, and if they are there `config.yaml`, `model.json` (unless `model` is
-    given) and `evaluation.json`. Raises UserError when the run or its metrics are missing or empty.
+    given), `evaluation.json` and `summary.json`. Raises UserError when the run or its metrics are
+    missing or empty.
     """
     place, run = as_path(run), fetched(run, without=("checkpoints", "data", "tensorboard"))
     if not run.is_dir():
@@ -444,6 +465,7 @@ def write_report(
         config.read_text(encoding="utf-8") if config.exists() else "",
         model,
         evaluation,
+        _kept(run),
     )
     out = place / "report.html" if out is None else Path(out)
     if out.is_dir():

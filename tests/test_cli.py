@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -86,6 +87,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"llamapro_jax {__version__}\n"
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "llamapro_jax", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, f"llamapro_jax {__version__}\n")
+
+
 def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["exprot", "a", "b"]) == 2
     captured = capsys.readouterr()
@@ -152,6 +159,40 @@ def test_interrupt_has_the_status_of_sigint(
     verb.run = run
     assert cli.main(["act"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_verb_may_say_how_to_go_on_when_it_was_stopped(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    verb.run, verb.STOPPED = run, "stopped; again"
+    assert cli.main(["act"]) == 130
+    assert capsys.readouterr().err == "stopped; again\n"
+
+
+def test_what_the_package_logs_is_a_plain_line(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("llamapro_jax.somewhere")
+
+    def run(args: argparse.Namespace) -> None:
+        log.info("of no interest")
+        log.warning("%s: has no tokenizer", "models/a")
+
+    verb.run = run
+    # As a library does at its import.
+    raw = logging.StreamHandler()
+    raw.setFormatter(logging.Formatter("%(levelname)s:%(name)s:%(message)s"))
+    logging.getLogger().addHandler(raw)
+    try:
+        assert cli.main(["act"]) == 0
+    finally:
+        logging.getLogger().removeHandler(raw)
+    assert capsys.readouterr().err == "warning: models/a: has no tokenizer\n"
+    package = logging.getLogger("llamapro_jax")
+    assert package.propagate and not package.handlers
 
 
 @pytest.mark.parametrize(

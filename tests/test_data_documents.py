@@ -353,7 +353,7 @@ def test_bad_lines_are_reported_and_the_rest_is_read(tmp_path: Path) -> None:
         "a.jsonl:2: is not UTF-8 (invalid continuation byte at byte 10 of it); convert it",
         "a.jsonl:3: is not JSON (",
         'a.jsonl:4: is a JSON list, not an object; each line must be one object such as {"text"',
-        "a.jsonl:5: has no field 'text'; it has none. Set `field` to",
+        "a.jsonl:5: has no field 'text'; it has none; set `field` to",
         "a.jsonl:6: 'text' is a int, not a string; write the document as one string.",
         "a.jsonl:7: 'text' is null, not a string",
         "a.jsonl:8: 'text' holds half of a surrogate pair",

@@ -193,7 +193,10 @@ def test_max_rows_reads_the_first_rows_and_keeps_the_ratio_of_bytes(
         ("latin.txt", "caf\xe9".encode("latin1"), r"latin.txt: is not UTF-8 .* at byte 3"),
         ("empty.txt", b"", "empty.txt: holds no text"),
         ("absent.txt", None, "absent.txt: no such file"),
+        ("a.csv", b"a,b", "a.csv: a text is a directory or a file that ends in .txt"),
         ("bad.jsonl", b"{", "bad.jsonl:1: is not JSON"),
+        # It has no setting `field`, as a configuration has.
+        ("a.jsonl", b'{"body": "a"}', "it has 'body'; rename the one that holds .* to 'text'"),
     ],
 )
 def test_texts_that_cannot_be_read_are_named(
@@ -203,6 +206,17 @@ def test_texts_that_cannot_be_read_are_named(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         run(model, tmp_path / name)
+
+
+@pytest.mark.parametrize(("file", "what"), [("state.json", "`save"), ("dataset_info.json", "TFDS")])
+def test_a_text_of_another_kind_is_to_be_written_anew(
+    model: Model, tmp_path: Path, file: str, what: str
+) -> None:
+    for name in {file, "dataset_info.json"}:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{what}.*: write its documents into a .jsonl") as caught:
+        run(model, tmp_path)
+    assert "kind" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from checkpoints import TINY, write_tiny
 from models import write_with_tokenizer
 
+from llamapro_jax import cli
 from llamapro_jax.convert import convert
 from llamapro_jax.data.readers import lines
 from llamapro_jax.data.readers.documents import Content, texts
@@ -31,6 +32,7 @@ from llamapro_jax.hf.safetensors import LARGEST_HEADER, SafetensorsReader, read_
 from llamapro_jax.hf.sentencepiece_model import read_sentencepiece
 from llamapro_jax.hf.tokenizer import load_tokenizer
 from llamapro_jax.manifest import read_manifest
+from llamapro_jax.model.api import OpenedModel
 from llamapro_jax.sources import open_hf, open_source
 from llamapro_jax.verify import verify
 
@@ -356,8 +358,9 @@ def test_the_same_key_with_the_same_value_does_no_harm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_line_that_expands_without_end_takes_bounded_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+@pytest.mark.parametrize(("kind", "what"), [(".jsonl", "line"), (".txt", "document")])
+def test_a_text_that_expands_without_end_takes_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, what: str, suffix: str
 ) -> None:
     content = bytes(64 * MIB)
     if suffix == ".gz":
@@ -365,12 +368,22 @@ def test_a_line_that_expands_without_end_takes_bounded_memory(
     else:
         packed = pytest.importorskip("zstandard").compress(content)
     assert len(packed) < MIB
-    file = tmp_path / f"bomb.jsonl{suffix}"
+    file = tmp_path / f"bomb{kind}{suffix}"
     file.write_bytes(packed)
     del content
     monkeypatch.setattr(lines, "LARGEST", MIB)
-    with memory_below(16 * MIB), pytest.raises(UserError, match="is a line of more than"):
+    with memory_below(16 * MIB), pytest.raises(UserError, match=f"{what} of more than"):
         list(texts(Content(str(file))))
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_with_tokenizer(tmp_path / "model")
+    monkeypatch.setattr(OpenedModel, "load", lambda _: pytest.fail("the weights were read"))
+    assert cli.main(["generate", str(model), "the cat " * 10**5]) == 2
+    message = capsys.readouterr().err
+    assert "64 positions" in message and len(message) < 1000
 
 
 def test_a_number_without_end_in_a_sentencepiece_model_ends(tmp_path: Path) -> None:

@@ -320,7 +320,9 @@ def cluster(machine: Machine, checkout: Path) -> Path:
     return checkout
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (42, True), (43, True), (44, False)])
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, False), (2, False), (42, True), (43, True), (44, False)]
+)
 def test_slurm_trains_and_goes_back_into_the_queue_when_it_was_stopped(
     machine: Machine, cluster: Path, status: int, requeued: bool
 ) -> None:

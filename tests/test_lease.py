@@ -322,6 +322,7 @@ def test_a_second_run_takes_over_and_the_first_one_saves_nothing_more(
     work: Path, tmp_path: Path
 ) -> None:
     whole = train(config_of(work, tmp_path / "whole", training__save_every=3))
+    write_model(tmp_path / "second", seed=5).rename(tmp_path / "other")
     run = tmp_path / "run"
     save_config(config_of(work, run, training__save_every=3), tmp_path / "config.yaml")
     first = start(tmp_path / "config.yaml", seconds=1.5)
@@ -332,9 +333,9 @@ def test_a_second_run_takes_over_and_the_first_one_saves_nothing_more(
         assert refused.returncode == exit_codes.REFUSED, errors
         assert f"another process trains here (process {first.pid} on " in errors
         # Another model is refused before anybody is asked to stop.
-        other = start(tmp_path / "config.yaml", "--takeover", f"model={work / 'base'}")
+        other = start(tmp_path / "config.yaml", f"model={tmp_path / 'other'}", "--takeover")
         _, errors = other.communicate(timeout=200)
-        assert other.returncode == exit_codes.REFUSED, errors
+        assert other.returncode == exit_codes.REFUSED and "on another base" in errors, errors
         assert first.poll() is None and not (run / REQUEST_FILE).exists()
         second = start(tmp_path / "config.yaml", "--takeover")
         _, errors = first.communicate(timeout=200)

@@ -255,8 +255,11 @@ def test_bad_records_are_left_out_and_counted(
     assert len(documents_of(rows_of(directory))) == 57
     errors = capfd.readouterr().err
     assert f"a.jsonl: left out {file}:4: 'text' is a int" in errors and ", 3 bad" in errors
-    with pytest.raises(UserError, match=r"a\.jsonl:4: 'text' is a int"):
+    with pytest.raises(UserError, match=r"a\.jsonl:4: 'text' is a int.*\(max_bad is the share"):
         prepare(Content(str(file)), ByteTokenizer(), 16, target=tmp_path / "set")
+    # Within a run there is no such setting.
+    with pytest.raises(UserError, match=r"a\.jsonl:4: .*prepare this source with `llamapro prep"):
+        prepare(Content(str(file)), ByteTokenizer(), 16, cache=tmp_path / "cache")
 
 
 def test_too_many_bad_records_end_it(tmp_path: Path, small_pieces: None) -> None:

@@ -164,6 +164,24 @@ def test_summary_has_config_and_model_facts(tmp_path):
     assert "optimizer: {b1: 0.9}" in page.text
 
 
+def test_the_page_says_how_many_frozen_bits_changed_and_what_went_wrong(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "checkpoints/20").mkdir(parents=True)
+    (tmp_path / "checkpoints/20/commit_success.txt").touch()
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert ["frozen bits changed", "0 at the save of step 20"] in page.cells
+    summary = {"frozen_bits": 123456, "frozen_bits_changed": 0, "saves_failed": [3, 9],
+               "updates_skipped": 0, "steps_set_aside": [], "metrics_lost": 2}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert ["frozen bits changed", "0 of 123,456"] in page.cells
+    assert ["saves failed", "3, 9"] in page.cells and ["metrics lost", "2"] in page.cells
+    assert "set aside" not in page.text and "skipped" not in page.text
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "frozen_bits": 0}))
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert ["frozen bits changed", "nothing was frozen"] in page.cells
+
+
 def test_a_run_that_diverged_says_so():
     records = [{"kind": "train", "step": s, "loss": 1.0 if s < 3 else None} for s in range(1, 6)]
     page = Page(render("run", records))

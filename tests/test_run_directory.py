@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from checkpoints import write_tiny
 
+from llamapro_jax import cli
 from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.errors import UserError
 from llamapro_jax.expand import expand
+from llamapro_jax.export import export
 from llamapro_jax.files import write_json
 from llamapro_jax.flax_checkpoint import StackedArrays
 from llamapro_jax.hf.config import render
@@ -22,7 +24,7 @@ from llamapro_jax.model.params import load_params
 from llamapro_jax.model.weights import Tensor, tensors
 from llamapro_jax.sinks import copy, lineage_entry
 from llamapro_jax.sources import Source, compute_fingerprint, open_source
-from llamapro_jax.training.run_directory import RunRecord, is_run, open_run
+from llamapro_jax.training.run_directory import RunRecord, RunSource, is_run, open_run
 from llamapro_jax.training.state import dtype_of, partition, trains
 
 
@@ -224,3 +226,37 @@ def test_a_run_file_of_another_kind_is_refused(
     write_json(run / "run.json", {**values, **change})
     with pytest.raises(UserError, match=message):
         open_run(run)
+
+
+# ------------------------------------------------------------------- what an export proves
+
+
+def test_an_export_says_how_many_frozen_bits_it_has(
+    run: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
+    source = open_run(run)
+    frozen = [t for t in tensors(source.config) if source.address(t) is None]
+    bits = sum(8 * source.read(tensor).nbytes for tensor in frozen)
+    assert 0 < len(frozen) < len(list(tensors(source.config)))
+    assert f"0 of {bits:,} frozen bits changed" in capsys.readouterr().out
+    # Of another dtype, and of what is no run, that cannot be said.
+    assert export(str(run), tmp_path / "cast", dtype="float32").frozen_bits is None
+    assert export(str(model), tmp_path / "model").frozen_bits is None
+
+
+def test_an_export_with_a_frozen_bit_changed_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flipped(source: RunSource, tensor: Tensor) -> np.ndarray:
+        array = read(source, tensor)
+        if tensor.name == "model.embed_tokens.weight":
+            array = array.copy()
+            array.view(np.uint16)[3, 5] ^= 1
+        return array
+
+    read = RunSource.read
+    monkeypatch.setattr(RunSource, "read", flipped)
+    with pytest.raises(UserError, match="1 of the .* did not train .* model.embed_tokens.weight"):
+        export(str(run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -376,7 +376,12 @@ def test_generated_answers_are_compared(
             [{"query": "q", "answers": 1}],
             "t.jsonl:1: has no field 'choices' or 'endings', .* it has 'query', 'answers'",
         ),
-        ([PLAIN, GSM], "t.jsonl:2: has no field 'choices' or 'endings'; it has 'question', 'answ"),
+        (
+            [PLAIN, GSM],
+            "t.jsonl:2: is a problem .* in a number, and .*t.jsonl:1 is multiple choice; .* own",
+        ),
+        ([GSM, PLAIN], "t.jsonl:2: is multiple choice, and .*t.jsonl:1 is a problem"),
+        ([PLAIN, {"query": "q"}], "t.jsonl:2: has no field 'choices' or 'endings'; it has 'query'"),
         ([{"question": "q", "answer": "b"}], "t.jsonl:1: 'answer' does not end in .* it has 'ques"),
         ([{"choices": ["a", "b"], "gold": 0}], "no field 'query' or 'question' or .* 'choices'"),
         ([{"query": "q", "choices": ["a", "b"]}], "no field 'gold' or 'answer' or 'label' or"),

@@ -308,6 +308,27 @@ def test_damage_in_each_step_of_a_run_is_named(copy_of: Callable[[str], Path]) -
     assert "checkpoints/6" in text and "new.1.down" in text
 
 
+def test_the_files_of_a_run_that_do_not_change_count(copy_of: Callable[[str], Path]) -> None:
+    run = copy_of("run")
+    shutil.copytree(copy_of("data"), run / "data" / "words")
+    manifest.write_manifest(run, but="data")
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": 3}\n')
+    (run / "summary.json").write_text("{")
+    shard = next((run / "data" / "words").glob("rows-train.*"))
+    flip(run / "tokenizer.json", 1)
+    flip(shard)
+    findings = verify(str(run))
+    text = findings.as_text()
+    for problem in (
+        "tokenizer.json: SHA-256",
+        f"{shard.name}: SHA-256",
+        "metrics.jsonl:2",
+        "summary",
+    ):
+        assert problem in text
+    assert findings.checked["rows"] > 0
+
+
 def test_a_run_without_its_model_says_so(copy_of: Callable[[str], Path]) -> None:
     run = copy_of("run")
     record = read_json(run / "run.json")
@@ -350,6 +371,17 @@ def test_other_rows_than_were_prepared_are_noticed(copy_of: Callable[[str], Path
     text = verify(str(data)).as_text()
     assert "train: targets: found" in text
     assert "fingerprint.json: fingerprint: found" in text
+
+
+def test_every_file_of_a_data_set_counts(copy_of: Callable[[str], Path]) -> None:
+    data = copy_of("data")
+    listed = manifest.read_manifest(data)
+    files = {f.relative_to(data).as_posix() for f in data.rglob("*") if f.is_file()}
+    assert set(listed) == files - {manifest.FILE}
+    # What the records and the counts do not show.
+    file = data / "tokenizer" / "tokenizer_config.json"
+    file.write_text(file.read_text() + "\n")
+    assert "tokenizer_config.json: SHA-256: found" in only_problem(verify(str(data)))
 
 
 def test_a_shard_too_many_is_noticed(copy_of: Callable[[str], Path]) -> None:

@@ -24,8 +24,8 @@ DRIVER = Path(__file__).resolve().parent / "driver.py"
 # Seconds. When a process has ended, the launcher gives the others so long to end as well; when it
 # was killed, less: schedulers end the others then.
 GRACE, GRACE_KILLED = 60.0, 10.0
-# Nothing that the campaign waits for takes so long, on a machine that does other work as well.
-PATIENCE = 400.0
+# So long the processes are never silent, on a machine that does other work as well.
+PATIENCE = 300.0
 _TICK = 0.002
 # How a line begins that jax writes with JAX_LOG_COMPILES; of most functions they are not kept.
 _COMPILES = "WARNING:jax._src"
@@ -38,7 +38,7 @@ class Ended(Exception):
 
 
 class Hangs(Exception):
-    """What was waited for did not come in PATIENCE seconds."""
+    """What was waited for did not come, and nothing was said for PATIENCE seconds."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Group:
         prefix: Sequence[str] = (),
     ) -> None:
         self.layout, self.lines = layout, list[Line]()
-        self.began = time.monotonic()
+        self.began = self._heard = time.monotonic()
         self._log = log.open("w", encoding="utf-8")
         main = [str(DRIVER), *driver, "--"] if driver else ["-m", "llamapro_jax.cli"]
         command = [*prefix, sys.executable, *main, *arguments]
@@ -151,6 +151,7 @@ class Group:
         for process in self.processes:
             lives = process.status() is None or lives
             for text in process.read():
+                self._heard = time.monotonic()
                 if _COMPILES not in text or "jit(step)" in text:
                     self.lines.append(Line(process.number, text, time.monotonic()))
                 self._log.write(f"[{process.number}] {time.monotonic() - self.began:.2f} {text}\n")
@@ -171,14 +172,14 @@ class Group:
 
     def until(self, holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Returns when it holds. Raises Ended when that can be no more, and Hangs."""
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         while True:
             lives = self.pump()
             if holds():
                 return
             if not lives:
                 raise Ended
-            if time.monotonic() > deadline:
+            if time.monotonic() > max(began, self._heard) + seconds:
                 raise Hangs
             time.sleep(_TICK)
 
@@ -214,13 +215,13 @@ class Group:
 
         Raises Hangs.
         """
-        deadline = time.monotonic() + PATIENCE
+        began = time.monotonic()
         while self.pump():
             ended = [p.ended_at for p in self.processes if p.ended_at is not None]
             if ended and time.monotonic() - min(ended) > grace:
                 for process in self.processes:
                     process.signal(signal.SIGKILL)
-            if time.monotonic() > deadline:
+            if time.monotonic() > max(began, self._heard) + PATIENCE:
                 raise Hangs
             time.sleep(_TICK * 5)
         self.pump()

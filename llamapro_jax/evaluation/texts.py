@@ -24,7 +24,7 @@ import numpy as np
 
 from llamapro_jax.config import load_config
 from llamapro_jax.data.packing import pack
-from llamapro_jax.data.readers.documents import Content, texts
+from llamapro_jax.data.readers.documents import Content, input_files, texts
 from llamapro_jax.data.rows import Row, stack_rows, targets_and_weights
 from llamapro_jax.errors import UserError
 from llamapro_jax.evaluation.comparison import (
@@ -69,6 +69,15 @@ class Text:
     bytes: int = 0
 
 
+def text_files(path: str | Path) -> list[Path]:
+    """The files of a text. Raises UserError where there are none."""
+    return input_files(_content(path))
+
+
+def _content(path: str | Path) -> Content:
+    return Content(str(path), configured=False)
+
+
 def read_text(
     name: str,
     path: str | Path,
@@ -81,7 +90,7 @@ def read_text(
     Raises UserError as `documents.texts` does, and for a text that is empty.
     """
     text = Text(name)
-    documents = texts(Content(str(path)))
+    documents = texts(_content(path))
 
     def encoded() -> Iterator[list[int]]:
         while group := list(islice(documents, DOCUMENTS_AT_ONCE)):

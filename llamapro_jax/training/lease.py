@@ -245,7 +245,7 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(GRACE)  # its disk may hang
         self._give_back()
         self.lock.release()
 

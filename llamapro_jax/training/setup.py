@@ -42,6 +42,7 @@ from llamapro_jax.files import (
 from llamapro_jax.hf.config import read_config, render
 from llamapro_jax.hf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, with_template
 from llamapro_jax.launch.processes import SEEN_WITHIN, count, from_first
+from llamapro_jax.manifest import write_manifest
 from llamapro_jax.model.attention import choose, platform_of
 from llamapro_jax.model.kernels import Problem
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor
@@ -62,7 +63,14 @@ from llamapro_jax.training.run_directory import (
 )
 from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.state import check_spec
-from llamapro_jax.training.texts import Data, check_texts, fingerprints, open_data, open_prepared
+from llamapro_jax.training.texts import (
+    DATA,
+    Data,
+    check_texts,
+    fingerprints,
+    open_data,
+    open_prepared,
+)
 
 # What the processes of a run recognise its directory by, written anew at each start.
 START_FILE = ".start"
@@ -395,6 +403,8 @@ def _write_new(
         copy_tokenizer(source.directory, temporary)
         if template is not None:
             with_template(temporary, template)
+        # Of what no later go changes; the texts have their own.
+        write_manifest(temporary, but=DATA)
         save_config(config, temporary / CONFIG_FILE)
         RunRecord(
             model=_place(config.model),

@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> None:
     for name in set(examples) - set(task_files):
         raise_error(f"--shots-from {name}={examples[name]}: no --task is called {name!r}.")
 
-    from llamapro_jax.data.readers.documents import Content, input_files
+    from llamapro_jax.evaluation.texts import text_files
 
     for path in texts.values():  # a text that is missing is found before the model is opened
-        input_files(Content(path))
+        text_files(path)
     request = _request(args, texts, task_files, examples)
     if args.compare:
         _run_compared(args, request)

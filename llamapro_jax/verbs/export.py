@@ -67,3 +67,5 @@ def run(args: argparse.Namespace) -> None:
             else f"differ by at most {done.largest_difference:.3g}, from the cast to {done.dtype}"
         )
     )
+    if done.frozen_bits:
+        print(f"0 of {done.frozen_bits:,} frozen bits changed")

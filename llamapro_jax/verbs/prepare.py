@@ -19,6 +19,7 @@ HELP = "tokenise and pack texts once, into data sets for training"
 EXAMPLE = """\
 llamapro prepare configs/prepare_llama_pro.yaml
 llamapro prepare configs/prepare_llama_pro.yaml workers=8 sources.0.path=texts/proof-pile-2"""
+STOPPED = "stopped; run the same command again to go on with what is not finished"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,16 +23,17 @@ class _Known:
     git: bool = False
 
 
-def check_files(findings: Findings, directory: Path) -> set[str]:
+def check_files(findings: Findings, directory: Path, *, complete: bool = True) -> set[str]:
     """Compares files with SHA256SUMS and with their names in a hub cache.
 
-    Returns the names of those that are what they should be.
+    complete: SHA256SUMS lists all files, so that others are noted. Returns the names of those that
+    are what they should be.
     """
     known = []
     with findings.collecting(directory / manifest.FILE):
         sums = manifest.read_manifest(directory)
         known += [_Known(directory / name, digest) for name, digest in sums.items()]
-        if sums:
+        if sums and complete:
             _note_unlisted(findings, directory, set(sums))
     known += _blobs(directory)
     present = []

@@ -6,20 +6,25 @@ from pathlib import Path
 
 from llamapro_jax.checkpoint_files import committed_steps, verify_step
 from llamapro_jax.config import RunConfig
+from llamapro_jax.files import read_json
 from llamapro_jax.fingerprint import FILE as FINGERPRINT_FILE
 from llamapro_jax.fingerprint import Fingerprint, TensorPrint, tensor_print
 from llamapro_jax.hf.config import read_config
+from llamapro_jax.metrics import METRICS_FILE, read_metrics
 from llamapro_jax.model.weights import Tensor
 from llamapro_jax.sources import Source
 from llamapro_jax.training.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
     RUN_FILE,
+    SUMMARY_FILE,
     RunRecord,
     RunSource,
     open_run,
 )
+from llamapro_jax.training.texts import DATA
 from llamapro_jax.typed_yaml import load
+from llamapro_jax.verification.data_sets import verify_data_set
 from llamapro_jax.verification.files import check_files
 from llamapro_jax.verification.findings import Findings, Problem, progress
 from llamapro_jax.verification.hugging_face import check_tokenizer
@@ -36,10 +41,29 @@ def verify_run(findings: Findings, directory: Path, base: Source | None) -> None
     with findings.collecting(directory / "config.json"):
         read_config(directory)
     check_tokenizer(findings, directory)
-    check_files(findings, directory)
+    # Not the log, the settings and what else a run changes while it goes on.
+    check_files(findings, directory, complete=False)
+    _check_log(findings, directory)
+    _check_texts(findings, directory / DATA)
     _check_steps(findings, directory / CHECKPOINTS)
     if record is not None:
         _check_model(findings, directory, record, base)
+
+
+def _check_log(findings: Findings, directory: Path) -> None:
+    if (directory / METRICS_FILE).is_file():
+        with findings.collecting(directory / METRICS_FILE):
+            findings.count("lines of the log", len(read_metrics(directory)))
+    if (directory / SUMMARY_FILE).is_file():
+        with findings.collecting(directory / SUMMARY_FILE):
+            read_json(directory / SUMMARY_FILE)
+
+
+def _check_texts(findings: Findings, prepared: Path) -> None:
+    """What the run prepared for itself."""
+    for file in sorted(prepared.glob("*/dataset_info.json")):
+        with findings.collecting(file.parent):
+            verify_data_set(findings, file.parent)
 
 
 def _check_steps(findings: Findings, checkpoints: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.errors import UserError
+from llamapro_jax.manifest import sha256_of
 
 # Raise it when the same text would give other rows than before.
 _FORMAT = 1
@@ -90,7 +91,7 @@ def identify(
             flush=True,
         )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        digests = dict(zip(names, threads.map(_sha256, files), strict=True))
+        digests = dict(zip(names, threads.map(sha256_of, files), strict=True))
     return Identity(tokenizer, sequence_length, options, digests)
 
 
@@ -145,8 +146,3 @@ def _names(path: Path, files: Sequence[Path]) -> list[str]:
         return [files[0].name]
     above = os.path.commonpath(files)
     return [file.relative_to(above).as_posix() for file in files]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()

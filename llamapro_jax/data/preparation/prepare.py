@@ -36,6 +36,7 @@ from llamapro_jax.files import read_json, require_new_directory, write_json
 from llamapro_jax.hf.tokenizer import Tokenizer as ModelTokenizer
 from llamapro_jax.hf.tokenizer import with_template, write_tokenizer
 from llamapro_jax.local_copies import scratch, upload
+from llamapro_jax.manifest import write_manifest
 from llamapro_jax.remote import RemotePath, sizes
 
 __all__ = ["Preparation", "Tokenizer", "fingerprint", "prepare", "prepare_in", "read_fingerprint"]
@@ -147,7 +148,9 @@ class Preparation:
         first = list(islice(good_or_bad(self.pieces[0]), _RECORDS_LOOKED_AT))
         bad = [one for one in first if isinstance(one, Bad)]
         if bad and (self.max_bad == 0 or len(bad) == len(first)):
-            raise UserError(f"{bad[0].where}: {bad[0].why}")
+            raise UserError(
+                f"{bad[0].where}: {bad[0].why}{self._leaving_out(len(bad), len(first))}"
+            )
 
     def run(self) -> Path:
         """Makes the data set unless it is there; what was finished before is not made again.
@@ -209,7 +212,18 @@ class Preparation:
                 f"{self.content.path}: {bad:,} of its records are bad, of {records:,.0f}, which is "
                 f"more than max_bad allows ({self.max_bad:g}); the first: {message}"
             )
-        raise UserError(message)
+        raise UserError(message + self._leaving_out(bad, records))
+
+    def _leaving_out(self, bad: int, records: float) -> str:
+        """How to go on without the bad records, where others are good."""
+        if bad >= records:
+            return ""
+        if self.target is not None:
+            return " (max_bad is the share of bad records that may be left out)"
+        return (
+            " (to leave bad records out, prepare this source with `llamapro prepare`, whose "
+            "max_bad is the share that may be bad)"
+        )
 
     def _finish(self, work: Work, results: list[Result]) -> None:
         splits: dict[str, Counts] = {}
@@ -236,6 +250,7 @@ class Preparation:
             **_bad_record(_total_seen(results)),
         }
         write_json(work.data / FINGERPRINT_FILE, record)
+        write_manifest(work.data)
         work.publish(self.directory)
 
     def _nothing_to_train_on(self, splits: Mapping[str, Counts]) -> UserError:

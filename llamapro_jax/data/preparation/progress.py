@@ -90,11 +90,11 @@ class Display:
 
     def _figures(self, left: bool = True) -> str:
         seen, seconds = self._seen, max(1e-9, time.monotonic() - self._began)
-        rate = (seen.tokens - self._before.tokens) / seconds
-        figures = (
-            f"{seen.documents:,} documents, {seen.tokens:,} tokens, {rate:,.0f} tokens/s"
-            + f", {seen.bad:,} bad" * bool(seen.bad)
-        )
+        figures = f"{seen.documents:,} documents, {seen.tokens:,} tokens"
+        if made := seen.tokens - self._before.tokens:  # none, where all was made before
+            figures += f", {made / seconds:,.0f} tokens/s"
+        if seen.bad:
+            figures += f", {seen.bad:,} bad"
         done = seen.bytes - self._before.bytes
         if left and done > 0:
             figures += f", {_duration((self._total - seen.bytes) * seconds / done)} left"

@@ -32,13 +32,22 @@ class Content:
 
     path: a file or directory; of kind `tfds` also a name. field: where the document is in a JSONL
     object, a Parquet row, a TFDS example or a row of `datasets`; a file of text has none, and a
-    conversation is the whole object. split: of `tfds` and `datasets` only.
+    conversation is the whole object. split: of `tfds` and `datasets` only. configured: whether kind
+    and field can be named otherwise where this one is named, which decides what messages advise.
     """
 
     path: str
     kind: str = "text"
     field: str = "text"
     split: str = "train"
+    configured: bool = True
+
+    @property
+    def other_field(self) -> str:
+        """What to do when the document is in another field, for messages."""
+        if self.configured:
+            return "set `field` to the one that holds the document"
+        return f"rename the one that holds the document to {self.field!r}"
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,12 @@ class Record:
     """A document, or of kind `chat` the object with the conversation.
 
     where: its place for messages, `file:line`, `file: byte N`, `file: row N` (from 0) or `file`.
-    bytes: about how many bytes of the source were read for it.
+    bytes: about how many bytes of the source were read for it. `shards.good_or_bad` puts the
+    conversation's messages in the place of the object.
     """
 
     where: str
-    value: str | dict[str, Any]
+    value: str | dict[str, Any] | list[dict[str, str]]
     bytes: int
 
 
@@ -108,7 +118,7 @@ def input_files(content: Content) -> list[Path]:
             return tfds_text.record_files(content.path, content.split)
         case "datasets":
             return datasets_directory.data_files(path, content.split)
-    found = _files(path, content.kind)
+    found = _files(path, content)
     for file in found:
         if file.suffix in (suffixes.PARQUET, ".zst"):
             data_package("pyarrow", str(file))
@@ -159,6 +169,7 @@ def texts(content: Content) -> Iterator[str]:
         for record in read(piece):
             if isinstance(record, Bad):
                 raise UserError(f"{record.where}: {record.why}")
+            assert isinstance(record.value, str)
             yield record.value
 
 
@@ -178,20 +189,22 @@ def _storage(content: Content) -> str:
     return "datasets" if saved else "files"
 
 
-def _files(path: Path, kind: str) -> list[Path]:
+def _files(path: Path, content: Content) -> list[Path]:
+    kind = content.kind
     if path.is_dir():
         found = list(_walk(path, kind))
         if not found:
             raise UserError(
                 f"{path}: no file below it ends in {suffixes.described(kind)}; name a directory "
-                f"with such files.{_other_kind(path)}"
+                f"with such files.{_other_kind(path, content.configured)}"
             )
         return sorted(found, key=lambda file: file.relative_to(path).as_posix())
     if not path.exists():
         raise UserError(f"{path}: no such file or directory.")
     if not suffixes.layout(path.name, kind):
+        what = f"a source of kind {kind!r}" if content.configured else "a text"
         raise UserError(
-            f"{path}: a source of kind {kind!r} is a directory or a file that ends in "
+            f"{path}: {what} is a directory or a file that ends in "
             f"{suffixes.described(kind)}, not in {path.suffix!r}; rename or convert it."
         )
     return [path]
@@ -221,19 +234,24 @@ def _walk(path: Path, kind: str) -> Iterator[Path]:
                 yield file
 
 
-def _other_kind(path: Path) -> str:
+def _other_kind(path: Path, configured: bool) -> str:
     if datasets_directory.is_datasets_directory(path):
-        return " `save_to_disk` wrote this one: set kind to 'datasets'."
-    if next(path.glob("**/dataset_info.json"), None):
-        return " This one looks like a TFDS data set: set kind to 'tfds'."
-    return ""
+        found, kind = "`save_to_disk` wrote this one", "datasets"
+    elif next(path.glob("**/dataset_info.json"), None):
+        found, kind = "This one looks like a TFDS data set", "tfds"
+    else:
+        return ""
+    mend = f"set kind to {kind!r}" if configured else "write its documents into a .jsonl"
+    return f" {found}: {mend}."
 
 
 def _parts_of_file(file: Path, content: Content, piece_bytes: int) -> Iterator[Part]:
     size = _size(file)
     match suffixes.layout(file.name, content.kind):
         case "parquet":
-            for group, stored in enumerate(parquet.row_groups(file, _column(content))):
+            for group, stored in enumerate(
+                parquet.row_groups(file, _column(content), content.other_field)
+            ):
                 yield Part(str(file), group, group + 1, stored)
         case "lines" if file.suffix == suffixes.LINES:
             yield from _ranges(str(file), size, size, piece_bytes)
@@ -303,7 +321,8 @@ def _open(part: Part, content: Content) -> tuple[Iterable[_Found], Callable[[Any
             lines = read_lines(file, part.start, part.stop)
             if column is None:
                 return lines, _conversation
-            return lines, lambda line: _field(_json_object(line, column), column)
+            other = content.other_field
+            return lines, lambda line: _field(_json_object(line, column), column, other)
         case "parquet":
             rows = parquet.read_rows(file, column, part.start, part.stop)
             if column is None:
@@ -364,13 +383,13 @@ def _conversation(data: bytes) -> dict[str, Any] | None:
     return record
 
 
-def _field(record: dict[str, Any] | None, field: str) -> str:
+def _field(record: dict[str, Any] | None, field: str, other_field: str) -> str:
     if record is None:
         return ""
     if field not in record:
         raise BadRecord(
-            f"has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}. Set `field` "
-            "to the one that holds the document."
+            f"has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}; "
+            f"{other_field}."
         )
     return _text(record[field], field)
 

@@ -15,14 +15,16 @@ _BATCH_BYTES = 2**22
 _BATCH_ROWS = 1024
 
 
-def row_groups(file: Path, field: str | None) -> list[int]:
+def row_groups(file: Path, field: str | None, other_field: str) -> list[int]:
     """The stored bytes of each row group, of the column `field` or (None) of all.
+
+    other_field: what to do when it is another column, for messages.
 
     Raises UserError when the file is damaged or `field` is no column of strings.
     """
     with _open(file) as parquet:
         if field is not None:
-            _check_field(parquet.schema_arrow, field, file)
+            _check_field(parquet.schema_arrow, field, file, other_field)
         return [_column_bytes(parquet, group, field) for group in _groups(parquet)]
 
 
@@ -82,13 +84,13 @@ def _open(file: Path) -> Iterator[Any]:
         ) from None
 
 
-def _check_field(schema: Any, field: str, file: Path) -> None:
+def _check_field(schema: Any, field: str, file: Path, other_field: str) -> None:
     import pyarrow as pa
 
     if field not in schema.names:
         raise UserError(
-            f"{file}: has no column {field!r}, only {', '.join(map(repr, schema.names))}; set "
-            f"`field` to the one that holds the document.{nearest(field, schema.names)}"
+            f"{file}: has no column {field!r}, only {', '.join(map(repr, schema.names))}; "
+            f"{other_field}.{nearest(field, schema.names)}"
         )
     kind = schema.field(field).type
     if pa.types.is_dictionary(kind):
@@ -97,10 +99,7 @@ def _check_field(schema: Any, field: str, file: Path) -> None:
         test(kind)
         for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     ):
-        raise UserError(
-            f"{file}: the column {field!r} is {kind}, not a string; set `field` to the one that "
-            "holds the document."
-        )
+        raise UserError(f"{file}: the column {field!r} is {kind}, not a string; {other_field}.")
 
 
 def _groups(parquet: Any) -> range:

@@ -96,6 +96,16 @@ def _read(path: str | Path, like: Question | Problem | None = None) -> list[Any]
             f"{records[0].where}: has no field 'choices' or 'endings', nor both 'question' and "
             f"'answer'; it has {records[0].names}."
         )
+    first = records[0].where if like is None else like.where
+    for record in records:
+        other = record.has("question", "answer") if choice else True
+        if other and is_choice(record) != choice:
+            kinds = ("multiple choice", "a problem whose answer ends in a number")
+            this, that = kinds if not choice else kinds[::-1]
+            raise UserError(
+                f"{record.where}: is {this}, and {first} is {that}; a task is of one kind, so "
+                "write each into a file of its own."
+            )
     return [(question if choice else problem)(record) for record in records]
 
 
