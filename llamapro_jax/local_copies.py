@@ -25,7 +25,7 @@ from typing import Any
 
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json, write_json
-from llamapro_jax.remote import RemotePath, Unreachable, as_path, has_arrays
+from llamapro_jax.remote import RemotePath, Unreachable, as_path, has_arrays, is_remote
 
 THREADS = 8
 _ATTEMPTS = 3
@@ -79,6 +79,11 @@ def fetched(
             new = {name: _tag(info) for name, info in missing.items()}
             write_json(_record_file(path), {**kept, **new})
     return target
+
+
+def path_here(place: str) -> str:
+    """`place` as it is, or where the local copy of it is when it is a URL."""
+    return str(fetched(place)) if is_remote(place) else place
 
 
 def opened(place: str | Path, arrays: str, without: Collection[str] = ()) -> tuple[Path, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from llamapro_jax.checkpoint_files import committed_steps
+from llamapro_jax.checkpoint_files import Directory, committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_write, read_json
 from llamapro_jax.local_copies import fetched
@@ -370,12 +370,12 @@ def _facts(
     return facts + list(_flat(model))
 
 
-def _kept(run: Path) -> list[tuple[str, Any]]:
+def _kept(run: Path, checkpoints: Directory) -> list[tuple[str, Any]]:
     """What a run says of its frozen weights, and of what went wrong, if anything did."""
     file = run / "summary.json"
     if not file.exists():
         # No step is saved before the frozen weights are compared with those of the start.
-        steps = committed_steps(run / "checkpoints")
+        steps = committed_steps(checkpoints)
         return [("frozen bits changed", f"0 at the save of step {steps[-1]:,}")] if steps else []
     summary = read_json(file)
     bits = summary.get("frozen_bits")
@@ -465,7 +465,7 @@ def write_report(
         config.read_text(encoding="utf-8") if config.exists() else "",
         model,
         evaluation,
-        _kept(run),
+        _kept(run, place / "checkpoints"),
     )
     out = place / "report.html" if out is None else Path(out)
     if out.is_dir():

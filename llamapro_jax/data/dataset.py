@@ -21,8 +21,8 @@ from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.data.records import SPLIT, open_builder, open_split
 from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
-from llamapro_jax.local_copies import fetched
-from llamapro_jax.remote import RemotePath, as_path, is_remote
+from llamapro_jax.local_copies import path_here
+from llamapro_jax.remote import RemotePath, as_path
 
 ROWS_LOOKED_AT = 64
 # Their split says what is read of them, of other kinds what is taken of the rows.
@@ -182,9 +182,7 @@ def content_of(entry: SourceConfig | EvalSourceConfig) -> Content | None:
                 "text in `field`."
             )
     split = entry.split if entry.kind in OWN_SPLITS else SPLIT
-    # A data set by name is no path.
-    path = str(fetched(entry.path)) if is_remote(entry.path) else entry.path
-    return Content(path, entry.kind, entry.field, split)
+    return Content(path_here(entry.path), entry.kind, entry.field, split)
 
 
 def prepared_template(entry: SourceConfig | EvalSourceConfig) -> str | None:

@@ -82,10 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @enabled(AUTO)
 def run(args: argparse.Namespace) -> None:
     check_arguments(args)
-    from llamapro_jax.local_copies import fetched
+    from llamapro_jax.local_copies import path_here
 
     named = parse_named("--text", args.text, "code=data/code.txt")
-    texts = {name: str(fetched(path)) for name, path in named.items()}
+    texts = {name: path_here(path) for name, path in named.items()}
     task_files = parse_named("--task", args.task, "arc=data/arc.jsonl")
     examples = parse_named("--shots-from", args.shots_from, "arc=data/arc_train.jsonl")
     for name in set(examples) - set(task_files):
