@@ -113,6 +113,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(MetricsWriter, "write", patched)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_goes_on_elsewhere_with_the_same_bits(
     work: Path,
     undisturbed: Path,
