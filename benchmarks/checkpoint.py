@@ -56,6 +56,8 @@ OF_FULL = 0.20
 ON_DISK = 1.01
 # Of the time of training, at the interval of the recipe.
 STALL = 0.05
+# Bytes of a checkpoint whose time is that of its bytes, and not of its many files.
+LARGE = 10**8
 NEW, ALL = ("new",), ("all",)
 
 
@@ -341,7 +343,8 @@ def print_stall(recipe: RunConfig, step: float, saves: list[Save], sizes: Mappin
     print(f"a step without a save takes {step:.2f} s; {RECIPE.name} saves every {every} steps")
     print(f"{STALL:.0%} would be reached with a save every {total / STALL / step:.0f} steps")
     status = print_goal("stall", STALL, total / (every * step), "of the time of training")
-    print_estimate(recipe, every, saves, sizes)
+    if sizes["state"] > LARGE:
+        print_estimate(recipe, every, saves, sizes)
     return status
 
 

@@ -234,8 +234,14 @@ class Checkpoints:
         return f"it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
 
     def _report(self, step: int, reason: str) -> None:
-        if is_first():
-            self._failed(step, reason)
+        if not is_first():
+            return
+        try:
+            with suppress(OSError):
+                self._permitted()
+        except UserError:  # this is why it failed, and the run ends of it
+            return
+        self._failed(step, reason)
 
     def _count_failure(self, step: int, reason: str) -> None:
         self._failures.append(step)
@@ -291,8 +297,6 @@ class _Save:
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except UserError as error:  # not permitted: no failure, the run ends of it
-            self._reason = first_line(error)
         except Exception as error:  # Orbax and TensorStore raise many types
             self._reason = first_line(error)
             self._report(self._reason)

@@ -6,8 +6,9 @@
     {"kind": "eval", "step": 100, "name": "prose", "loss": ..., "perplexity": ..., ...}
 
 `step` counts finished optimizer steps; losses are in nats a token. A number that is not finite is
-written as null, since JSON has none. The other places are copies: when one of them fails, it is
-dropped with one warning and training goes on.
+written as null, since JSON has none. While the file cannot be written, as on a full disk, its lines
+wait in memory and training goes on. The other places are copies: when one of them fails, it is
+dropped with one warning.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +37,8 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_ID_FILE = "wandb_id"
 
 Record = dict[str, Any]
+# Kind, step and name of a record.
+Key = tuple[str, int, str | None]
 
 
 # ------------------------------------------------------------------- the file
@@ -77,8 +82,65 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def _key(record: Mapping[str, Any]) -> Key:
     return record["kind"], record["step"], record.get("name")
+
+
+class _Lines:
+    """A file that lines are added to. Those that cannot be written wait, and are tried again.
+
+    path: exists, and ends with a whole line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("r+b", buffering=0)
+        self._end, self._torn = self._file.seek(0, os.SEEK_END), False
+        self.waiting: list[bytes] = []
+
+    def add(self, line: str) -> None:
+        told = bool(self.waiting)
+        self.waiting.append(line.encode())
+        error = self.catch_up()
+        if error is not None and not told:
+            reason = error.strerror or str(error)
+            self._say(
+                f"cannot be written ({reason}); its lines wait in memory, and training goes on"
+            )
+        elif error is None and told:
+            self._say("is written again, and has all lines")
+
+    def catch_up(self) -> OSError | None:
+        """Tries to write what waits. Returns why it could not."""
+        data = b"".join(self.waiting)
+        try:
+            if self._torn:
+                self._cut()
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError as error:
+            self._torn = True  # a full disk takes a part of a line
+            with suppress(OSError):
+                self._cut()
+            return error
+        self._end += len(data)
+        self.waiting = []
+        return None
+
+    def _cut(self) -> None:
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+        self._torn = False
+
+    def close(self) -> None:
+        if self.catch_up() is not None:
+            self._say(f"lacks the last {len(self.waiting)} lines, which could not be written")
+        with suppress(OSError):
+            self._file.close()
+
+    def _say(self, what: str) -> None:
+        print(f"warning: {self._path}: {what}", file=sys.stderr, flush=True)
 
 
 class MetricsWriter:
@@ -88,7 +150,8 @@ class MetricsWriter:
     first (in one rename), and a record that is there already is not written again, so that the
     file becomes what an uninterrupted run would have written. None begins an empty file.
     `config`: the run's settings, shown by Weights & Biases. `silent`: of several processes one
-    writes; the others only know what is recorded. Use as a context manager.
+    writes; the others only know what is recorded. `lost`: told, when it closes, which lines could
+    not be written, if any: what `recorded` takes. Use as a context manager.
     """
 
     def __init__(
@@ -101,20 +164,22 @@ class MetricsWriter:
         wandb_mode: str = "online",
         config: Mapping[str, Any] | None = None,
         silent: bool = False,
+        lost: Callable[[list[Key]], None] = lambda lines: None,
     ):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / METRICS_FILE
+        path = self._path = directory / METRICS_FILE
         kept: list[Record] = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
         self._written = {_key(record) for record in kept}
         self._trackers: list[_Guarded] = []
-        self._file: TextIO | None = None
+        self._file: _Lines | None = None
+        self._lost = lost
         if silent:
             return
         atomic_write(path, "".join(map(_line, kept)))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _Lines(path)
         if tensorboard:
             first = 0 if resume_step is None else resume_step + 1
             self._trackers.append(_Guarded("TensorBoard", partial(_TensorBoard, directory, first)))
@@ -128,8 +193,20 @@ class MetricsWriter:
         """Whether the file has this record, so that it need not be computed again."""
         return (kind, step, name) in self._written
 
+    def records(self) -> list[Record]:
+        """All records in order, those too that could not be written yet."""
+        waiting = self.waiting()
+        return read_metrics(self._path) + waiting
+
+    def waiting(self) -> list[Record]:
+        """The records that could not be written yet, after one more try."""
+        if self._file is None:
+            return []
+        self._file.catch_up()
+        return [json.loads(line) for line in self._file.waiting]
+
     def write(self, kind: str, step: int, **values: Any) -> Record:
-        """Writes and flushes one record. `values` are scalars, `name` says which held-out text.
+        """Writes one record. `values` are scalars, `name` says which held-out text.
 
         Returns the record with plain Python numbers.
         """
@@ -140,8 +217,7 @@ class MetricsWriter:
         self._written.add(_key(record))
         if self._file is None:
             return record
-        self._file.write(_line(record))
-        self._file.flush()
+        self._file.add(_line(record))
         prefix = f"{kind}/{record['name']}" if "name" in record else kind
         scalars = {
             f"{prefix}/{name}": value
@@ -155,6 +231,8 @@ class MetricsWriter:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            if waiting := self._file.waiting:
+                self._lost([_key(json.loads(line)) for line in waiting])
         for tracker in self._trackers:
             tracker.call("close")
 

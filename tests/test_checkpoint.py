@@ -3,16 +3,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-import resource
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import full_disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,27 +320,7 @@ def test_leftovers_of_dead_saves_and_deletions_go(tmp_path: Path) -> None:
 # ------------------------------------------------------------------- saves that fail
 
 
-class Disk:
-    """A disk on which files longer than `limit` bytes cannot be written."""
-
-    def __init__(self) -> None:
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def limit(self, size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, self.before[1]))
-
-    def mend(self) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
-@pytest.fixture
-def disk() -> Iterator[Disk]:
-    handler = signal.getsignal(signal.SIGXFSZ)
-    disk = Disk()
-    yield disk
-    disk.mend()
-    signal.signal(signal.SIGXFSZ, handler)
+disk = full_disk.fixture()
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -353,7 +332,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_failed_save_is_told_at_once_and_the_next_one_succeeds(
-    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, disk: full_disk.Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     tree, state = save(tmp_path, 1, 2)
     failed: list[tuple[int, str]] = []
@@ -378,7 +357,7 @@ def test_a_failed_save_is_told_at_once_and_the_next_one_succeeds(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_fails_twice_ends_the_run(tmp_path: Path, disk: Disk) -> None:
+def test_a_save_that_fails_twice_ends_the_run(tmp_path: Path, disk: full_disk.Disk) -> None:
     tree, state = save(tmp_path, 1)
     with Checkpoints(tmp_path, 2) as checkpoints:
         disk.limit(2**20)
@@ -439,6 +418,7 @@ def test_meta_has_what_every_leaf_was(tmp_path: Path) -> None:
 def test_what_is_not_permitted_is_neither_committed_nor_deleted(tmp_path: Path) -> None:
     """Another run may have taken the directory over at any time, the last one just before the
     commit."""
+
     class Gone(UserError):
         pass
 

@@ -285,27 +285,32 @@ def config_of(work: Path, output: Path, **changes: Any) -> Any:
     return run_config(work / "model", work / "texts", output, **{**quick, **cached, **changes})
 
 
-# A run whose steps take a while, and whose lease is renewed often.
+# A run whose lease is renewed often. After one of its steps it waits until a file is there.
 RUN = """
-import sys, time
+import pathlib, sys, time
 from llamapro_jax import cli
 from llamapro_jax.metrics import MetricsWriter
 from llamapro_jax.training import lease
 lease.RENEW, lease.EXPIRY, lease.SETTLE, lease.GRACE = 0.3, {expiry}, 0.5, 20.0
 write = MetricsWriter.write
-def slow(self, kind, step, **values):
+def waiting(self, kind, step, **values):
     record = write(self, kind, step, **values)
     print("step", step, flush=True)
-    time.sleep({seconds})
+    while step == {at} and not pathlib.Path({file!r}).exists():
+        time.sleep(0.1)
     return record
-MetricsWriter.write = slow
+MetricsWriter.write = waiting
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
-def start(config: Path, *more: str, seconds: float = 0, expiry: float = 30) -> Any:
+def start(
+    config: Path, *more: str, wait: tuple[int, Path] = (0, Path()), expiry: float = 100
+) -> Any:
+    at, file = wait
+    script = RUN.format(at=at, file=str(file), expiry=expiry)
     return subprocess.Popen(
-        [sys.executable, "-c", RUN.format(seconds=seconds, expiry=expiry), str(config), *more],
+        [sys.executable, "-c", script, str(config), *more],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -325,23 +330,23 @@ def test_a_second_run_takes_over_and_the_first_one_saves_nothing_more(
     write_model(tmp_path / "second", seed=5).rename(tmp_path / "other")
     run = tmp_path / "run"
     save_config(config_of(work, run, training__save_every=3), tmp_path / "config.yaml")
-    first = start(tmp_path / "config.yaml", seconds=1.5)
+    first = start(tmp_path / "config.yaml", wait=(4, run / REQUEST_FILE))
     try:
         reach(first, "step 4")
         refused = start(tmp_path / "config.yaml")
-        _, errors = refused.communicate(timeout=200)
+        _, errors = refused.communicate(timeout=400)
         assert refused.returncode == exit_codes.REFUSED, errors
         assert f"another process trains here (process {first.pid} on " in errors
         # Another model is refused before anybody is asked to stop.
         other = start(tmp_path / "config.yaml", f"model={tmp_path / 'other'}", "--takeover")
-        _, errors = other.communicate(timeout=200)
+        _, errors = other.communicate(timeout=400)
         assert other.returncode == exit_codes.REFUSED and "on another base" in errors, errors
         assert first.poll() is None and not (run / REQUEST_FILE).exists()
         second = start(tmp_path / "config.yaml", "--takeover")
-        _, errors = first.communicate(timeout=200)
+        _, errors = first.communicate(timeout=400)
         assert first.returncode == exit_codes.TAKEN_OVER, errors
         assert f"process {second.pid} on " in errors and "Do not start it again" in errors
-        out, errors = second.communicate(timeout=200)
+        out, errors = second.communicate(timeout=400)
         assert second.returncode == 0, errors
     finally:
         first.kill()
@@ -357,30 +362,33 @@ def test_a_run_that_was_suspended_and_lost_its_directory_writes_nothing(
     work: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    save_config(config_of(work, run, training__save_every=2), tmp_path / "config.yaml")
-    first = start(tmp_path / "config.yaml", seconds=0.5)
+    # Nothing is being saved when it is suspended: what another process has begun to write to the
+    # disk, no lease can stop.
+    save_config(config_of(work, run, training__save_every=4), tmp_path / "config.yaml")
+    first = start(tmp_path / "config.yaml", wait=(3, tmp_path / "go"), expiry=3)
     try:
         reach(first, "step 3")
         first.send_signal(signal.SIGSTOP)
         second = start(tmp_path / "config.yaml", "--takeover", expiry=3)
         reach(second, "step 8")
-        out, errors = second.communicate(timeout=200)
+        out, errors = second.communicate(timeout=400)
         assert second.returncode == 0, errors
         before = digests(run)
+        (tmp_path / "go").touch()
         first.send_signal(signal.SIGCONT)
-        _, errors = first.communicate(timeout=100)
+        _, errors = first.communicate(timeout=400)
     finally:
         first.kill()
     assert first.returncode == exit_codes.TAKEN_OVER, errors
     assert "is gone, so that others may have it" in errors
     assert digests(run) == before
-    assert committed_steps(run / "checkpoints") == [6, 8]
+    assert committed_steps(run / "checkpoints") == [4, 8]
 
 
 def test_a_killed_run_leaves_a_lease_that_holds_nobody_up(work: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     save_config(config_of(work, run), tmp_path / "config.yaml")
-    first = start(tmp_path / "config.yaml", seconds=1)
+    first = start(tmp_path / "config.yaml", wait=(2, tmp_path / "never"))
     reach(first, "step 2")
     first.kill()
     first.communicate()

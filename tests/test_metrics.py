@@ -6,7 +6,9 @@ import math
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
+import full_disk
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -251,3 +253,64 @@ def test_a_silent_writer_knows_what_is_recorded_and_writes_nothing(
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------- a disk that is full
+
+
+disk = full_disk.fixture()
+
+
+def write_long(writer: MetricsWriter, *steps: int) -> None:
+    """Lines of 10 kB, so that the limit is beyond every other file of a test."""
+    for step in steps:
+        writer.write("eval", step, name="x" * 10_000, loss=1 / step)
+
+
+def test_lines_wait_while_a_disk_is_full_and_none_is_lost(
+    tmp_path: Path,
+    disk: full_disk.Disk,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with MetricsWriter(tmp_path / "whole") as writer:
+        write_long(writer, *range(1, 9))
+    lost: list[Any] = []
+    with MetricsWriter(tmp_path / "run", lost=lost.extend) as writer:
+        write_long(writer, 1, 2, 3)
+        disk.limit(35_000)  # in the middle of a line
+        write_long(writer, 4, 5)
+        assert [record["step"] for record in writer.waiting()] == [4, 5]
+        assert [record["step"] for record in writer.records()] == [1, 2, 3, 4, 5]
+        # What is on the disk are whole lines, should the process die now.
+        assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
+        disk.limit(45_000)  # room for one of two
+        write_long(writer, 6)
+        disk.mend()
+        write_long(writer, 7)
+        assert writer.waiting() == []
+        disk.limit(75_000)
+        write_long(writer, 8)
+        disk.mend()
+    whole, run = (tmp_path / name / "metrics.jsonl" for name in ("whole", "run"))
+    assert run.read_bytes() == whole.read_bytes() and not lost
+    told = [line.partition("metrics.jsonl: ")[2] for line in capsys.readouterr().err.splitlines()]
+    cannot = "cannot be written (File too large); its lines wait in memory, and training goes on"
+    assert told == [cannot, "is written again, and has all lines", cannot]
+
+
+def test_lines_that_are_lost_are_counted(
+    tmp_path: Path,
+    disk: full_disk.Disk,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lost: list[Any] = []
+    with MetricsWriter(tmp_path, lost=lost.extend) as writer:
+        write_long(writer, 1, 2)
+        disk.limit(25_000)
+        write_long(writer, 3, 4)
+    disk.mend()
+    assert lost == [("eval", 3, "x" * 10_000), ("eval", 4, "x" * 10_000)]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.endswith(
+        ": lacks the last 2 lines, which could not be written\n"
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import full_disk
 import jax
 import numpy as np
 import pytest
@@ -37,10 +38,12 @@ from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
 from llamapro_jax.training import beginning, loop
-from llamapro_jax.training.events import read_events
+from llamapro_jax.training.events import METRICS_LOST, read_events
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_directory import RunRecord, open_run
 from llamapro_jax.training.stopping import Stopped
+
+disk = full_disk.fixture()
 
 # A run that compiles a step and no more.
 SHORT = {"training__steps": 2, "training__eval_every": None, "data__eval": []}
@@ -115,8 +118,7 @@ def test_the_log_has_every_line_in_order(undisturbed: Path) -> None:
     assert found == [*evals[0], *trains[:2], *evals[1], *trains[2:], *evals[2]]
     records = read_metrics(undisturbed)
     first, last = (
-        next(r for r in records if r["step"] == step and r.get("name") == "held")
-        for step in (0, 8)
+        next(r for r in records if r["step"] == step and r.get("name") == "held") for step in (0, 8)
     )
     assert last["loss"] < first["loss"] - 0.1
     assert first["perplexity"] == pytest.approx(np.exp(first["loss"]))
@@ -569,6 +571,35 @@ def test_a_failed_save_does_not_end_a_run(
     assert json.loads((tmp_path / "run/summary.json").read_text())["saves_failed"] == [4]
 
 
+def test_a_log_that_cannot_be_written_does_not_end_a_run(
+    work: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    disk: full_disk.Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def log_on_a_full_disk(run: Any, *arguments: Any) -> None:
+        if run.step < 6:
+            disk.limit((tmp_path / "run/metrics.jsonl").stat().st_size + 20)
+        log(run, *arguments)
+        disk.mend()
+
+    log = loop._log
+    monkeypatch.setattr(loop, "_log", log_on_a_full_disk)
+    # Of an earlier go: one line that this one writes, and one that is gone.
+    lines = [["train", 2, None], ["train", 1, None]]
+    monkeypatch.setattr(
+        loop, "read_events", lambda _, name: [{"lines": lines}] * (name == METRICS_LOST)
+    )
+    train(config_of(work, tmp_path / "run", training__eval_every=None))
+    assert "metrics.jsonl: cannot be written (File too large)" in capsys.readouterr().err
+    found = log_lines(tmp_path / "run")
+    assert [record["step"] for record in found if record["kind"] == "train"] == [2, 4, 6, 8]
+    assert found == [r for r in log_lines(undisturbed) if r["kind"] == "train" or r["step"] != 4]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["metrics_lost"] == 1
+
+
 def test_the_last_save_is_tried_once_more_and_then_ends_the_run(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,5 +628,3 @@ def test_the_command_names_bad_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "config.yaml").write_text("modle: x\n")
     assert cli.main(["train", str(tmp_path / "config.yaml"), *overrides(values)]) == 2
     assert "config.yaml:1" in capsys.readouterr().err
-
-

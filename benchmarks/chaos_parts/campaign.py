@@ -48,19 +48,17 @@ class Campaign:
         self.tries: Counter[int] = Counter()
 
     def run(self) -> None:
-        plain: Undisturbed | None = None
-        if len(self.at_rest) + len(self.during) + len(self.ending) + len(self.disk):
-            plain = self.undisturbed("undisturbed")
-        while plain and (len(self.at_rest) + len(self.during) + len(self.ending)):
-            self.lap(Lap(self.around, self.name(), plain), self.go)
-        while plain and len(self.disk):
-            self.disk_lap(plain)
+        plain = (self.at_rest, self.during, self.ending, self.disk)
+        undisturbed = self.undisturbed("undisturbed") if sum(map(len, plain)) else None
+        while undisturbed and len(self.disk):
+            self.disk_lap(undisturbed)
         if len(self.nan):
-            steps = ",".join(map(str, (*_ALONE, *_IN_A_ROW)))
-            driver = ["--nan", steps]
+            driver = ["--nan", ",".join(map(str, (*_ALONE, *_IN_A_ROW)))]
             of_nan = self.undisturbed("undisturbed-nan", driver)
             while len(self.nan):
                 self.lap(Lap(self.around, self.name(), of_nan, driver), self.nan_go)
+        while undisturbed and sum(map(len, plain)):
+            self.lap(Lap(self.around, self.name(), undisturbed), self.go)
 
     def name(self) -> str:
         self.number += 1
@@ -109,7 +107,7 @@ class Campaign:
         ending = self.some_ending(lap)
         if ending is not None and ending.kind == plan.BAD_RECORD:
             return self.bad_record(lap, ending)
-        during = self.some_during()
+        during = self.some_during(ending)
         group = lap.next or self.start(lap, [*during, *([ending] if ending else [])])
         lap.next = None
         with group:
@@ -140,8 +138,10 @@ class Campaign:
         lap.open = [outcome]
         return False
 
-    def some_during(self) -> list[Fault]:
-        """What is hit while the step is compiled comes first."""
+    def some_during(self, ending: Fault | None) -> list[Fault]:
+        """What comes before the end: while the step is compiled there is a moment for one."""
+        if ending is not None and ending.where == COMPILE:
+            return []
         found = [fault for _ in range(_DURING) if (fault := self.during.take())]
         compiling = [fault for fault in found if fault.where == COMPILE]
         for fault in compiling[1:]:
@@ -159,7 +159,7 @@ class Campaign:
                 plan.STALL: not lap.next and stall_at(fault, newest) < STEPS - 2,
                 plan.DEAD_HOST: lap.next is None or lap.next.layout > 1,
             }
-            if possible.get(fault.kind, True):
+            if possible.get(fault.kind, True) and not (lap.next and fault.where == COMPILE):
                 found = fault
             else:
                 held.append(fault)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from benchmarks.chaos_parts import plan
 from benchmarks.chaos_parts.damage import records
-from benchmarks.chaos_parts.group import GRACE_KILLED, PATIENCE, Ended, Group
+from benchmarks.chaos_parts.group import GRACE, GRACE_KILLED, PATIENCE, Ended, Group
 from benchmarks.chaos_parts.lap import Lap
 from benchmarks.chaos_parts.material import STEPS
 from benchmarks.chaos_parts.phases import COMPILE, READY, STEP, reach
@@ -173,7 +173,7 @@ def end_by_signal(lap: Lap, group: Group, fault: Fault) -> Outcome:
     began = time.monotonic()
     group.signal(process, signal.SIGKILL if kill else signal.SIGTERM)
     group.thaw()
-    outcome.statuses = group.wait(**({"grace": GRACE_KILLED} if kill else {}))
+    outcome.statuses = group.wait(GRACE_KILLED if kill else GRACE)
     outcome.detected = time.monotonic() - began
     saved = lap.outside.committed()[-1:]
     if kill:
@@ -182,7 +182,7 @@ def end_by_signal(lap: Lap, group: Group, fault: Fault) -> Outcome:
         _expect(outcome, group, outcome.statuses == [exit_codes.PREEMPTED] * group.layout)
         if fault.where != COMPILE and saved < [step]:
             outcome.wrong.append(f"step {step} was done, and the newest saved is {saved}")
-    outcome.lost = newest[0] - (saved[0] if saved else 0) if newest else 0
+    outcome.lost = max(0, sum(newest) - sum(saved))
     outcome.again = max(0, step - (saved[0] if saved else 0))
     outcome.seen = "recovered"
     return outcome

@@ -19,6 +19,7 @@ EVENTS_FILE = "events.jsonl"
 
 SET_ASIDE = "step set aside"
 SAVE_FAILED = "save failed"
+METRICS_LOST = "metrics lost"
 LENGTHENED = "made longer"
 TAKEN_OVER = "taken over"
 

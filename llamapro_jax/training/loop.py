@@ -32,7 +32,7 @@ from llamapro_jax.data.prefetch import Prefetcher
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import write_json
 from llamapro_jax.launch.processes import count, from_first, is_first, settled
-from llamapro_jax.metrics import MetricsWriter, ProgressDisplay, duration, read_metrics
+from llamapro_jax.metrics import Key, MetricsWriter, ProgressDisplay, duration
 from llamapro_jax.model.llama import Params
 from llamapro_jax.model.precision import full_precision
 from llamapro_jax.profiling import Profile
@@ -48,6 +48,7 @@ from llamapro_jax.training.beginning import differing, load, restore
 from llamapro_jax.training.evaluation import held_out_loss
 from llamapro_jax.training.events import (
     EVENTS_FILE,
+    METRICS_LOST,
     SAVE_FAILED,
     SET_ASIDE,
     read_events,
@@ -191,6 +192,7 @@ def _run(setup: Setup, lease: Lease, stop: StopSignals, watchdog: Watchdog) -> N
             wandb_mode=config.tracking.wandb_mode,
             config=asdict(config),
             silent=not is_first(),
+            lost=partial(_metrics_lost, setup),
         ) as metrics,
         ProgressDisplay(
             config.training.steps, setup.resume_step or 0, silent=not is_first()
@@ -416,6 +418,10 @@ def _save_failed(setup: Setup, step: int, reason: str) -> None:
     record_event(setup.files, SAVE_FAILED, step, reason=reason)
 
 
+def _metrics_lost(setup: Setup, lines: list[Key]) -> None:
+    record_event(setup.files, METRICS_LOST, lines[0][1], lines=lines)
+
+
 def _require_frozen(run: _Progress) -> None:
     """Raises RuntimeError unless the frozen weights are those of the start, to the bit."""
     changed = differing(run.setup.record.frozen, checksums(run.frozen))
@@ -450,7 +456,9 @@ def _finish(run: _Progress) -> None:
 
 def _summarise(run: _Progress) -> None:
     setup = run.setup
-    records = read_metrics(setup.files)
+    records = run.metrics.records()
+    # A later go may have written them after all, when it went on from an earlier step.
+    lost = {tuple(r) for e in read_events(setup.files, METRICS_LOST) for r in e["lines"]}
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))
         for name, tree in (("trainable", run.state.trainable), ("frozen", run.frozen))
@@ -473,13 +481,15 @@ def _summarise(run: _Progress) -> None:
         "updates_skipped": run.state.guard.values()["skipped"],
         "steps_set_aside": [e["step"] for e in read_events(setup.files, SET_ASIDE)],
         "saves_failed": [e["step"] for e in read_events(setup.files, SAVE_FAILED)],
+        "metrics_lost": sum(not run.metrics.recorded(*record) for record in lost)
+        + len(run.metrics.waiting()),
         "parameters": {**sizes, "total": sum(sizes.values())},
     }
     write_json(setup.files / SUMMARY_FILE, summary)
     setup.place.copy()
     run.display.message(f"{setup.directory}: {run.step} steps in {duration(run.elapsed())}")
     run.display.message(_frozen_line(summary))
-    for what in ("steps_set_aside", "saves_failed"):
+    for what in ("steps_set_aside", "saves_failed", "metrics_lost"):
         if summary[what]:
             run.display.message(f"{what.replace('_', ' ')}: {summary[what]}, see {EVENTS_FILE}")
 
