@@ -39,11 +39,14 @@ ITEMS = (TRAINABLE, OPTIMIZER)
 COMMIT_FILE = "commit_success.txt"
 
 _META_FILE = Path(META) / "metadata"
+# Requests to a store.
 _AT_ONCE = 16
 _SET_ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
 # What a dead process leaves: of Orbax (which names its own so in some modes) and of ours.
 _LEFTOVER = re.compile(r"\.deleted-.*|.*\.orbax-checkpoint-tmp.*")
 
+# Of a library's message so many characters are shown, from both ends.
+_LINE = 240
 
 # Of a run: local, or a remote one, whose methods that are used here are the same.
 Directory = Path | RemotePath
@@ -272,5 +275,8 @@ def wrong_checksum(item: str, leaf: str) -> str:
 
 
 def first_line(error: BaseException | str) -> str:
+    """What is wrong, in a line: TensorStore puts paths before it and its own settings behind."""
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    line = text.splitlines()[0] if text else type(error).__name__
+    line = re.sub(r" \[(tensorstore_spec|source locations)=.*", "", line)
+    return line if len(line) <= _LINE else f"{line[: _LINE // 2]} ... {line[-_LINE // 2 :]}"

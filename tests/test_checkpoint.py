@@ -23,6 +23,7 @@ from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.checkpoint_files import (
     COMMIT_FILE,
     committed_steps,
+    first_line,
     read_meta,
     steps_set_aside,
     verify_step,
@@ -451,3 +452,16 @@ def test_what_is_not_permitted_is_neither_committed_nor_deleted(tmp_path: Path) 
     asked, limit = [], 0
     with pytest.raises(Gone):
         Checkpoints(tmp_path, 2, permitted=permitted)
+
+
+def test_the_reason_is_not_cut_off_behind_long_paths() -> None:
+    path = "/" + "long/" * 60
+    error = (
+        f'RESOURCE_EXHAUSTED: Error writing local file "{path}": Failed writing: "{path}": '
+        "No space left on device [OS error 28: ENOSPC] "
+        "[source locations='" + "x.cc:1\\n" * 40 + "']\nmore"
+    )
+    line = first_line(ValueError(error))
+    assert line.startswith("RESOURCE_EXHAUSTED: Error writing") and len(line) < 260
+    assert line.endswith("No space left on device [OS error 28: ENOSPC]")
+    assert first_line("disk full\n") == "disk full" and first_line(KeyError()) == "KeyError"

@@ -82,7 +82,7 @@ class Campaign:
 
     def lap(self, lap: Lap, go: Callable[[Lap], bool]) -> None:
         """Goes until the run is finished, which is then compared and removed."""
-        shutil.rmtree(lap.outside.directory, ignore_errors=True)
+        shutil.rmtree(self.around.work / "runs" / lap.name, ignore_errors=True)
         try:
             while not go(lap):
                 lap.rest()
@@ -98,7 +98,7 @@ class Campaign:
         bits = "; ".join(wrong)[:500] if wrong else "the bits of the undisturbed run"
         self.say(f"{lap.name}: {len(lap.faults)} faults in {lap.goes} starts: {bits}")
         if not wrong:
-            shutil.rmtree(lap.outside.directory, ignore_errors=True)
+            shutil.rmtree(self.around.work / "runs" / lap.name, ignore_errors=True)
 
     def go(self, lap: Lap) -> bool:
         """One go of a run that takes whatever faults wait. Returns whether it is finished."""

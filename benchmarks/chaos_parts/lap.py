@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -159,7 +160,11 @@ class Lap:
         for outcome in self.open:
             self.around.results.fault(outcome)
         self.open = []
-        wrong = self.problems + self.undisturbed.differs(self.outside.directory)
+        run = self.outside.directory
+        if self.space is not None:  # TensorStore would look for it outside of the namespace
+            run = self.around.work / "runs" / self.name
+            shutil.copytree(self.outside.directory, run)
+        wrong = self.problems + self.undisturbed.differs(run)
         self.around.results.run(self.name, self.faults, self.layouts, wrong)
 
     def close(self) -> None:

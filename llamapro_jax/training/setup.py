@@ -175,6 +175,7 @@ def _prepare(config: RunConfig, lease: Lease, place: RunFiles) -> Setup:
         _check_texts_are_same(config, place, record, tokenizer)
         if lease.takeover:
             _take(lease, place)
+            record = RunRecord.read(directory)  # the other run may have added to it
         data = open_data(config, place.run, source.config.vocab_size, tokenizer)
         _check_same(place, record, data.fingerprints)
         check_not_lost(place.run / CHECKPOINTS)
