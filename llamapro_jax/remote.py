@@ -63,11 +63,9 @@ def as_path(place: str | Path | RemotePath) -> Path | RemotePath:
     """The path of a place that a user named. Raises Unreachable where its package is missing."""
     if isinstance(place, RemotePath):
         return place
-    if not is_remote(place):
-        return Path(place).expanduser()
-    if str(place).startswith("file://"):
-        return Path(str(place).removeprefix("file://"))
-    return RemotePath(str(place))
+    if is_remote(place):
+        return RemotePath(str(place))
+    return Path(str(place).removeprefix("file://")).expanduser()
 
 
 class RemotePath:
