@@ -15,7 +15,9 @@ from llamapro_jax.errors import UserError, nearest
 from llamapro_jax.expansion import ExpansionPlan, spread
 from llamapro_jax.files import read_json
 from llamapro_jax.hf.config import parse, parse_plan, read_config
+from llamapro_jax.local_copies import fetched
 from llamapro_jax.model.config import ModelConfig
+from llamapro_jax.remote import as_path
 
 _PUBLISHED = Path(__file__).parent / "architectures"
 
@@ -52,9 +54,9 @@ def of_run(run: RunConfig) -> tuple[ModelConfig, ExpansionPlan]:
 
     Raises UserError when the model is not here and nothing describes it, or when the two differ.
     """
-    directory = Path(run.model).expanduser()
+    directory = as_path(run.model)
     if (directory / "config.json").is_file():
-        _, config, plan = read_config(directory)
+        _, config, plan = read_config(fetched(run.model, only=("config.json",)))
         check_described(run, config, plan)
         return config, plan
     if run.architecture is None:

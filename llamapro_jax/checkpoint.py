@@ -28,10 +28,12 @@ from llamapro_jax.checkpoint_files import (
     META,
     OPTIMIZER,
     TRAINABLE,
+    Directory,
     committed_steps,
     first_line,
     missing_file,
     remove_leftovers,
+    remove_step,
     sealed,
 )
 from llamapro_jax.checksum import checksums
@@ -46,6 +48,7 @@ from llamapro_jax.launch.processes import (
     is_first,
     meet,
 )
+from llamapro_jax.remote import RemotePath, Unreachable, as_path
 from llamapro_jax.training.state import leaves_by_path
 
 # A block of a stack is a chunk of its own, so that one can be read without the others. Orbax
@@ -82,19 +85,22 @@ class Checkpoints:
     another thread than the caller's when that was in the background. permitted: called on the
     first process before anything is begun, committed or deleted; raises UserError when the
     directory is another run's. What is under way then stays uncommitted, and nothing is touched.
+    before: called there before each save, which fails when it raises Unreachable.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Directory,
         keep: int,
         failed: Report = lambda step, reason: None,
         permitted: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = as_path(directory).absolute()
         # The step last saved to its end, by this object, as far as `wait` and `save` have seen.
         self.saved: int | None = None
-        self._keep, self._failed, self._permitted = keep, failed, permitted
+        self._keep, self._failed = keep, failed
+        self._permitted, self._before = permitted, before
         self._under_way: _Save | None = None
         self._failures: list[int] = []
         self._deleting: list[threading.Thread] = []
@@ -122,7 +128,7 @@ class Checkpoints:
             OPTIMIZER: ocp.PyTreeCheckpointHandler(use_ocdbt=False),
             META: _asking(self._permitted),
         }
-        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(str(self.directory), options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest step that was saved to its end."""
@@ -166,7 +172,7 @@ class Checkpoints:
         directory = self.directory / str(save.step)
         mine = save.end()
         from_first(self._permitted)
-        reason = first_given(mine) or from_first(lambda: _not_written(directory))
+        reason = first_given(mine) or from_first(lambda: _problem_of(directory))
         if reason is None:
             self.saved, self._failures = save.step, []
             from_first(lambda: self._delete_old(max(self._keep, _ALWAYS_KEPT)))
@@ -174,7 +180,7 @@ class Checkpoints:
         if mine is None:
             self._report(save.step, reason)
         # Orbax does not get over a failed save: its part of the disk, and the memory of it, go.
-        from_first(lambda: shutil.rmtree(directory, ignore_errors=True))
+        from_first(lambda: remove_step(directory))
         with suppress(Exception):
             self._manager.close()
         self._manager = self._new_manager()
@@ -212,6 +218,12 @@ class Checkpoints:
             thread.join()
 
     def _no_room(self, trees: Any) -> str | None:
+        try:
+            self._before()
+        except Unreachable as error:
+            return first_line(error)
+        if isinstance(self.directory, RemotePath):  # a bucket is never full
+            return None
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         try:
             free = shutil.disk_usage(self.directory).free
@@ -244,13 +256,18 @@ class Checkpoints:
         )
 
     def _delete_old(self, keep: int) -> None:
-        for step in committed_steps(self.directory)[:-keep]:
-            trash = self.directory / f".deleted-{step}"
-            try:
-                (self.directory / str(step)).rename(trash)
-            except OSError:  # it stays until there is no room for another
-                continue
-            thread = threading.Thread(target=shutil.rmtree, args=(trash, True), name="delete")
+        steps: list[int] = []
+        with suppress(Unreachable):  # after the next save it is looked again
+            steps = committed_steps(self.directory)
+        for step in steps[:-keep]:
+            old = self.directory / str(step)
+            if isinstance(old, Path):
+                trash = self.directory / f".deleted-{step}"
+                try:
+                    old = old.rename(trash)
+                except OSError:  # it stays until there is no room for another
+                    continue
+            thread = threading.Thread(target=remove_step, args=(old,), name="delete")
             thread.start()
             self._deleting.append(thread)
         self._deleting = [thread for thread in self._deleting if thread.is_alive()]
@@ -335,7 +352,14 @@ def _not_expected(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in _EXPECTED)
 
 
-def _not_written(step: Path) -> str | None:
+def _problem_of(step: Directory) -> str | None:
+    try:
+        return _not_written(step)
+    except Unreachable as error:
+        return first_line(error)
+
+
+def _not_written(step: Directory) -> str | None:
     if not (step / COMMIT_FILE).is_file():
         return "it was not written to its end"
     deadline = time.monotonic() + (SEEN_WITHIN if count() > 1 else 0)

@@ -20,7 +20,10 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +32,30 @@ import numpy as np
 from llamapro_jax.checksum import host_checksum
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays
+from llamapro_jax.remote import RemotePath, Unreachable, as_path, remove, sizes
 
 TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
 ITEMS = (TRAINABLE, OPTIMIZER)
 COMMIT_FILE = "commit_success.txt"
 
 _META_FILE = Path(META) / "metadata"
+# Requests to a store.
+_AT_ONCE = 16
 _SET_ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
 # What a dead process leaves: of Orbax (which names its own so in some modes) and of ours.
 _LEFTOVER = re.compile(r"\.deleted-.*|.*\.orbax-checkpoint-tmp.*")
 
-
 # Of a library's message so many characters are shown, from both ends.
 _LINE = 240
+
+# Of a run: local, or a remote one, whose methods that are used here are the same.
+Directory = Path | RemotePath
 
 
 class Damaged(UserError):
     """A step is not what was saved. `reason`: of which file, without the step's directory."""
 
-    def __init__(self, step: Path, reason: str) -> None:
+    def __init__(self, step: Directory, reason: str) -> None:
         super().__init__(
             f"{step}: the checkpoint is damaged ({reason}). Put back a copy of it; when its run "
             "goes on, it is set aside for the one before."
@@ -55,9 +63,9 @@ class Damaged(UserError):
         self.reason = reason
 
 
-def committed_steps(directory: str | Path) -> list[int]:
+def committed_steps(directory: str | Directory) -> list[int]:
     """The steps in `checkpoints/` that were saved to their end, in order."""
-    directory = Path(directory)
+    directory = as_path(directory)
     if not directory.is_dir():
         return []
     found = [entry for entry in directory.iterdir() if entry.name.isdecimal()]
@@ -67,30 +75,54 @@ def committed_steps(directory: str | Path) -> list[int]:
 # ------------------------------------------------------------------- what does not count
 
 
-def steps_set_aside(directory: Path) -> list[str]:
+def steps_set_aside(directory: Directory) -> list[str]:
     """The names of the steps that were set aside and are still there."""
     if not directory.is_dir():
         return []
     return sorted(entry.name for entry in directory.iterdir() if _SET_ASIDE.fullmatch(entry.name))
 
 
-def set_aside(directory: Path, step: int) -> str:
+def set_aside(directory: Directory, step: int) -> str:
     """Renames a step, so that it counts no more but is not lost. Returns its new name."""
     name, number = f"{step}.damaged", 1
     while (directory / name).exists():
         number += 1
         name = f"{step}.damaged-{number}"
-    (directory / str(step)).rename(directory / name)
+    damaged = directory / str(step)
+    if isinstance(damaged, RemotePath):
+        _move(damaged, directory / name)
+    else:
+        damaged.rename(directory / name)
     return name
 
 
-def remove_leftovers(directory: Path) -> list[str]:
+def _move(step: RemotePath, target: RemotePath) -> None:
+    """A rename in three acts, of which the second decides: killed before it, the step still is
+    one and is set aside again; after it, what is left of it is a leftover."""
+    names = list(step.files())
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        list(threads.map(lambda name: (step / name).copy(target / name), names))
+    (step / COMMIT_FILE).unlink(missing_ok=True)
+    remove_step(step)
+
+
+def remove_step(step: Directory) -> None:
+    """What cannot be removed stays, as a leftover, for the next start."""
+    if isinstance(step, Path):
+        shutil.rmtree(step, ignore_errors=True)
+        return
+    with suppress(Unreachable):
+        (step / COMMIT_FILE).unlink(missing_ok=True)  # first: what is half removed is no step
+        step.rmtree()
+
+
+def remove_leftovers(directory: Directory) -> list[str]:
     """Removes what saves and deletions left that did not come to their end. Returns the names."""
     removed = []
     for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
         dead = entry.name.isdecimal() and not (entry / COMMIT_FILE).is_file()
         if entry.is_dir() and (dead or _LEFTOVER.fullmatch(entry.name)):
-            shutil.rmtree(entry)
+            remove(entry)
             removed.append(entry.name)
     return removed
 
@@ -109,10 +141,12 @@ def _digest(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_meta(step: Path) -> dict[str, Any]:
+def read_meta(step: Directory) -> dict[str, Any]:
     """The meta item of a step. Raises Damaged unless it is what was saved."""
     try:
         meta = json.loads((step / _META_FILE).read_bytes())
+    except Unreachable:
+        raise
     except (OSError, ValueError) as error:
         raise Damaged(step, f"{_META_FILE}: {first_line(error)}") from None
     if isinstance(meta, dict) and "checksums" in meta and "digest" not in meta:
@@ -130,12 +164,17 @@ def read_meta(step: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------- the arrays
 
 
-def stored_arrays(step: Path, item: str, leaves: Mapping[str, Any]) -> StackedArrays:
+def stored_arrays(step: Directory, item: str, leaves: Mapping[str, Any]) -> StackedArrays:
     """Reads the leaves of an item. Raises Damaged unless all have the shape and dtype saved."""
     arrays = StackedArrays(step / item)
+    if isinstance(step, RemotePath):
+        with suppress(UserError):  # which is met again below, with its leaf
+            arrays.open(leaves)
     for leaf, saved in leaves.items():
         try:
             found = {"shape": list(arrays.shape(leaf)), "dtype": arrays.dtype(leaf).name}
+        except Unreachable:
+            raise
         except Exception as error:  # whatever TensorStore makes of a damaged file
             raise _unreadable(arrays, leaf, error) from None
         for what, value in found.items():
@@ -149,6 +188,8 @@ def read_leaf(arrays: StackedArrays, leaf: str, *place: Any) -> Any:
     """As `StackedArrays.read`, raising Damaged."""
     try:
         return arrays.read(leaf, *place)
+    except Unreachable:
+        raise
     except Exception as error:
         raise _unreadable(arrays, leaf, error) from None
 
@@ -159,18 +200,15 @@ def _unreadable(arrays: StackedArrays, leaf: str, error: Exception) -> Damaged:
     return Damaged(item.parent, f"{item.name} {leaf}: {first_line(text or error)}")
 
 
-def missing_file(step: Path) -> str | None:
+def missing_file(step: Directory) -> str | None:
     """What a step lacks, as far as it shows without reading the arrays; None: nothing."""
     try:
         for item, leaves in read_meta(step)["leaves"].items():
-            stored_arrays(step, item, leaves)
-            for leaf, saved in leaves.items():
-                directory = step / item / leaf
-                chunks = json.loads((directory / ".zarray").read_bytes())["chunks"]
-                sizes = zip(saved["shape"], chunks, strict=True)
-                wanted = math.prod(math.ceil(size / chunk) for size, chunk in sizes)
-                files = [file for file in directory.iterdir() if not file.name.startswith(".")]
-                found = sum(file.stat().st_size > 0 for file in files)
+            arrays = stored_arrays(step, item, leaves)
+            names = [name.split("/") for name, size in sizes(step / item).items() if size]
+            chunks = Counter(leaf for leaf, *file in names if file and file[0][0] != ".")
+            for leaf in leaves:
+                found, wanted = chunks[leaf], arrays.chunks(leaf)
                 if found != wanted:
                     return f"{item} {leaf}: has {found} of {wanted} files"
     except Damaged as error:
@@ -178,7 +216,7 @@ def missing_file(step: Path) -> str | None:
     return None
 
 
-def verify_step(step: Path) -> list[str]:
+def verify_step(step: Directory) -> list[str]:
     """What is wrong with a step, having read all of it: a line a leaf, none when it is whole."""
     try:
         leaves = read_meta(step)["leaves"]
@@ -213,7 +251,7 @@ class ProvedArrays:
     A leaf is compared with its checksum before the first reading of any part of it. Raises Damaged.
     """
 
-    def __init__(self, step: Path, item: str) -> None:
+    def __init__(self, step: Directory, item: str) -> None:
         self.directory = step / item
         self._step, self._item = step, item
         self._leaves = read_meta(step)["leaves"][item]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from llamapro_jax.checkpoint_files import (
     OPTIMIZER,
     TRAINABLE,
     Damaged,
+    Directory,
     committed_steps,
     read_leaf,
     read_meta,
@@ -36,6 +36,7 @@ from llamapro_jax.checksum import checksums
 from llamapro_jax.errors import UserError
 from llamapro_jax.exit_codes import CHECKPOINT_LOST
 from llamapro_jax.launch.processes import SEEN_WITHIN, first_given, from_first
+from llamapro_jax.remote import as_path
 from llamapro_jax.training.state import leaf_path, leaves_by_path
 
 
@@ -62,9 +63,9 @@ def abstract(tree: Any) -> Any:
     )
 
 
-def check_not_lost(directory: str | Path) -> None:
+def check_not_lost(directory: str | Directory) -> None:
     """Raises CheckpointLost when steps were set aside and none is left."""
-    directory = Path(directory)
+    directory = as_path(directory)
     aside = steps_set_aside(directory)
     if aside and not committed_steps(directory):
         raise CheckpointLost(
@@ -75,7 +76,10 @@ def check_not_lost(directory: str | Path) -> None:
 
 
 def restore_newest(
-    directory: str | Path, trainable: Any, optimizer: Any, aside: Report = lambda step, reason: None
+    directory: str | Directory,
+    trainable: Any,
+    optimizer: Any,
+    aside: Report = lambda step, reason: None,
 ) -> Restored | None:
     """The newest step that passes its checks; None where no step was ever saved.
 
@@ -85,7 +89,7 @@ def restore_newest(
 
     Raises UserError when a step is whole, but another run's, and CheckpointLost when none is left.
     """
-    directory = Path(directory).absolute()
+    directory = as_path(directory).absolute()
     wanted = {TRAINABLE: trainable, OPTIMIZER: optimizer}
     while True:
         steps = from_first(lambda: committed_steps(directory))
@@ -100,7 +104,7 @@ def restore_newest(
         aside(steps[-1], problem)
 
 
-def _restore(step: Path, wanted: Mapping[str, Any]) -> tuple[Restored | None, str | None]:
+def _restore(step: Directory, wanted: Mapping[str, Any]) -> tuple[Restored | None, str | None]:
     """The step, or what is wrong with it. No process goes on before all could read their parts."""
     trees, meta, problem = {}, {}, None
     _wait_until_seen(step / COMMIT_FILE)
@@ -128,7 +132,7 @@ def _restore(step: Path, wanted: Mapping[str, Any]) -> tuple[Restored | None, st
     return Restored(meta["step"], trees[TRAINABLE], trees[OPTIMIZER], meta), None
 
 
-def _wait_until_seen(file: Path) -> None:
+def _wait_until_seen(file: Directory) -> None:
     """Network file systems show a new file after some seconds."""
     deadline = time.monotonic() + SEEN_WITHIN
     while not file.is_file():
@@ -140,7 +144,7 @@ def _wait_until_seen(file: Path) -> None:
         time.sleep(0.2)
 
 
-def _compare(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare(where: Directory, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Nothing is cast, padded or left out where these differ."""
     for path in sorted(set(saved) | set(wanted)):
         if path not in saved:
@@ -156,7 +160,7 @@ def _compare(where: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -
                 )
 
 
-def _read(step: Path, item: str, saved: Mapping[str, Any], wanted: Any) -> Any:
+def _read(step: Directory, item: str, saved: Mapping[str, Any], wanted: Any) -> Any:
     """The tree, of which each process reads what its devices need."""
     arrays = stored_arrays(step, item, saved)
 

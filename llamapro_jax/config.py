@@ -284,9 +284,9 @@ class RunConfig:
 
     model: str = option(
         "What to train: a Hugging Face directory, a hub id (`org/name@revision`), a Flax "
-        "checkpoint or a run."
+        "checkpoint or a run; a path or a URL such as `gs://...`."
     )
-    output: str = option("The run directory.")
+    output: str = option("The run directory: a path, or `gs://...`.")
     data: DataConfig
     training: TrainingConfig
     trainable: tuple[str, ...] = option(

@@ -24,7 +24,7 @@ DEFAULT_TEMPLATE = "llama_pro"
 
 _PATH = (
     "Files or a directory of them; or the directory of a TFDS or a Hugging Face data set, or the "
-    "name of a TFDS one."
+    "name of a TFDS one. A URL such as `gs://...` is copied to this host first."
 )
 _KIND = (
     "`text`: UTF-8 files, JSONL, Parquet; `code`: source files; `chat`: conversations, of which "
@@ -169,7 +169,9 @@ class DataConfig:
     )
     eval: tuple[EvalSourceConfig, ...] = option("The held-out texts.", ())
     cache_directory: str | None = option(
-        "Where tokenised text is kept, to be shared by runs; null: inside the run directory.", None
+        "Where tokenised text is kept, to be shared by runs, a path or a URL; null: inside the run "
+        "directory.",
+        None,
     )
 
     @property

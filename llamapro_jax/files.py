@@ -16,16 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from llamapro_jax.errors import UserError
+from llamapro_jax.remote import RemotePath, as_path
 
 # A writer has its lock long before its temporary directory is this old (in seconds).
 _UNLOCKED_AGE = 60
 # A tokenizer.json of 250,000 tokens has 35 MB; nothing else comes near.
 LARGEST_JSON = 2**28
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# A URL that has become a local path.
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
 
 def require_new_directory(path: Path) -> None:
     """Raises UserError unless `path` is an empty directory, or absent where one can be made."""
+    if _URL.match(str(path)):
+        raise UserError(
+            f"{path}: is remote, and only training writes there. Name a local directory, and copy "
+            "it when it is done, such as with `gcloud storage cp -r`."
+        )
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise UserError(f"{path}: {above} is a file, not a directory; name another place.")
@@ -90,31 +98,35 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
                     shutil.rmtree(entry, ignore_errors=True)
 
 
-def atomic_write(path: str | Path, data: str | bytes) -> None:
+def atomic_write(path: str | Path | RemotePath, data: str | bytes) -> None:
     """Writes `data` to `path` so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
+    path = as_path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    if isinstance(path, RemotePath):  # where a file appears whole
+        path.write_bytes(raw)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(raw)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path | RemotePath, value: Any) -> None:
     """`value` as indented JSON, written atomically."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path | RemotePath) -> Any:
     """The JSON in `path`. Raises UserError with the file, and the line when it is malformed.
 
     Malformed are also a key with two values, of which readers take one or the other, nesting that
     no reader follows, and a file beyond `LARGEST_JSON`.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise UserError(

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from llamapro_jax.expansion import ExpansionPlan, checked_lineage
 from llamapro_jax.files import check_format, read_json, write_json
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, Weight, block_weights, outer_weights
+from llamapro_jax.remote import RemotePath, kvstore, raise_if_unreachable
 
 DESCRIPTION = "llamapro.json"
 PARAMS = "params"
@@ -35,6 +37,7 @@ FORMAT = {"format": "llamapro_jax model", "version": 1}
 
 # One chunk is one file and one copy in memory while it is written.
 CHUNK_BYTES = 128 * 2**20
+_OPENED_AT_ONCE = 16
 
 
 def address(tensor: Tensor, plan: ExpansionPlan) -> tuple[str, int | None]:
@@ -45,9 +48,7 @@ def address(tensor: Tensor, plan: ExpansionPlan) -> tuple[str, int | None]:
     return f"{block.stack}.{tensor.weight.name}", block.stack_index
 
 
-def leaves(
-    config: ModelConfig, plan: ExpansionPlan
-) -> dict[str, tuple[Weight, tuple[int, ...]]]:
+def leaves(config: ModelConfig, plan: ExpansionPlan) -> dict[str, tuple[Weight, tuple[int, ...]]]:
     """Leaf of the Orbax tree -> its row in the table, and its shape with the stack's length."""
     result = {w.name: (w, w.shape(config)) for w in outer_weights(config)}
     for stack, length in (("base", plan.num_blocks - plan.num_new), ("new", plan.num_new)):
@@ -72,9 +73,14 @@ def write_description(directory: Path, lineage: tuple[Mapping[str, Any], ...]) -
 class StackedArrays:
     """Reads rows of the arrays that Orbax keeps one directory a leaf (zarr, no OCDBT)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | RemotePath) -> None:
         self.directory = directory
         self._open: dict[str, Any] = {}
+
+    def open(self, leaves: Iterable[str]) -> None:
+        """Opens several at a time, since each takes a while where they are far away."""
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as threads:
+            list(threads.map(self._array, leaves))
 
     def _array(self, leaf: str) -> Any:
         if leaf not in self._open:
@@ -86,6 +92,12 @@ class StackedArrays:
 
     def shape(self, leaf: str) -> tuple[int, ...]:
         return tuple(self._array(leaf).shape)
+
+    def chunks(self, leaf: str) -> int:
+        """How many files it consists of."""
+        array = self._array(leaf)
+        chunk = array.chunk_layout.write_chunk.shape or ()
+        return math.prod(math.ceil(s / c) for s, c in zip(array.shape, chunk, strict=True))
 
     def read(
         self,
@@ -112,6 +124,7 @@ class StackedArrays:
             tensorstore.array(result).write(wanted).result()
             return result
         except ValueError as error:
+            raise_if_unreachable(self.directory / leaf, error)
             raise UserError(
                 f"{self.directory / leaf}: cannot be read ({_first_line(error)}); "
                 "the checkpoint is damaged."
@@ -130,12 +143,12 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200]
 
 
-def _open_zarr(path: Path) -> Any:
+def _open_zarr(path: Path | RemotePath) -> Any:
     import tensorstore
 
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        "kvstore": kvstore(path),
         # Mapped, so that what is copied out of a file is not copied into a buffer before.
         "context": {"file_io_mode": {"mode": "memmap"}},
         # A file that is not there is a loss, not zeros.
@@ -144,6 +157,7 @@ def _open_zarr(path: Path) -> Any:
     try:
         array = tensorstore.open(spec, open=True, read=True).result()
     except ValueError as error:
+        raise_if_unreachable(path, error)
         raise UserError(
             f"{path}: cannot be read ({_first_line(error)}); the checkpoint is damaged."
         ) from None
@@ -241,4 +255,3 @@ def chunks(leaf: str, shape: tuple[int, ...], dtype: np.dtype) -> list[int]:
         count = max(1, math.ceil(shape[axis] / rows))
         result[axis] = max(1, math.ceil(shape[axis] / count))
     return result
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from llamapro_jax.delta import DESCRIPTION as DELTA
@@ -18,6 +17,7 @@ from llamapro_jax.model.weights import (
     tensors,
     total_parameters,
 )
+from llamapro_jax.remote import as_path, is_remote
 from llamapro_jax.sources import base_is_original, open_source
 
 # One of these, and a directory is a model (or a delta, which says so itself when it is opened).
@@ -31,7 +31,7 @@ def is_data_set(path: str, expected: bool) -> bool:
     expected: take what is no directory for a data set and not for a hub id, so that what opens it
     says what is wrong. Raises UserError for a directory that is neither.
     """
-    directory = Path(path).expanduser()
+    directory = as_path(path)
     if not directory.is_dir():
         return not directory.exists() and (expected or _is_data_set_name(path))
     if any((directory / name).is_file() for name in _MODEL_FILES):
@@ -46,7 +46,7 @@ def is_data_set(path: str, expected: bool) -> bool:
 
 
 def _is_data_set_name(path: str) -> bool:
-    if path.startswith((".", "/", "~")) or HUB_ID.fullmatch(path):
+    if is_remote(path) or path.startswith((".", "/", "~")) or HUB_ID.fullmatch(path):
         return False
     from llamapro_jax.data.records import open_builder
 

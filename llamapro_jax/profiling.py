@@ -25,16 +25,23 @@ class Profile:
 
     Only process 0 traces: all run the same program, and those of one host would overwrite each
     other's file. done: steps that were taken before. say: takes a line for the log.
+    named: what the log calls `directory`, where that is a temporary one.
     """
 
     def __init__(
-        self, config: ProfileConfig, directory: Path, done: int, say: Callable[[str], None]
+        self,
+        config: ProfileConfig,
+        directory: Path,
+        done: int,
+        say: Callable[[str], None],
+        named: object = None,
     ) -> None:
         # The first step after a start also brings the program to the device.
         self._first = config.first_step if done < config.first_step else done + 2
         self._last = self._first + config.steps - 1
         self._wanted = config.steps > 0 and is_first()
         self._directory = directory / PROFILE
+        self._named = f"{named or directory}/{PROFILE}"
         self._say = say
         self._began: int | None = None
 
@@ -71,4 +78,4 @@ class Profile:
         jax.profiler.stop_trace()
         began, self._began = self._began, None
         self._say(f"traced step {began} to {until}; to look at it (llamapro_jax[profile]):")
-        self._say(f"  xprof --port {_PORT} {shlex.quote(str(self._directory))}")
+        self._say(f"  xprof --port {_PORT} {shlex.quote(self._named)}")

@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
-from llamapro_jax.checkpoint_files import committed_steps
+from llamapro_jax.checkpoint_files import Directory, committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.files import atomic_write, read_json
+from llamapro_jax.local_copies import fetched
 from llamapro_jax.metrics import Record, human, read_metrics
+from llamapro_jax.remote import RemotePath, as_path
 
 Point = tuple[float, float]
 
@@ -368,12 +370,12 @@ def _facts(
     return facts + list(_flat(model))
 
 
-def _kept(run: Path) -> list[tuple[str, Any]]:
+def _kept(run: Path, checkpoints: Directory) -> list[tuple[str, Any]]:
     """What a run says of its frozen weights, and of what went wrong, if anything did."""
     file = run / "summary.json"
     if not file.exists():
         # No step is saved before the frozen weights are compared with those of the start.
-        steps = committed_steps(run / "checkpoints")
+        steps = committed_steps(checkpoints)
         return [("frozen bits changed", f"0 at the save of step {steps[-1]:,}")] if steps else []
     summary = read_json(file)
     bits = summary.get("frozen_bits")
@@ -434,14 +436,14 @@ def render(
 
 def write_report(
     run: str | Path, out: str | Path | None = None, model: Mapping[str, Any] | None = None
-) -> Path:
+) -> Path | RemotePath:
     """Writes the report of a run directory, by default to `RUN/report.html`; returns its path.
 
     Reads `metrics.jsonl`, and if they are there `config.yaml`, `model.json` (unless `model` is
     given), `evaluation.json` and `summary.json`. Raises UserError when the run or its metrics are
     missing or empty.
     """
-    run = Path(run)
+    place, run = as_path(run), fetched(run, without=("checkpoints", "data", "tensorboard"))
     if not run.is_dir():
         raise UserError(f"{run}: is not a directory; name the directory of a training run.")
     records = read_metrics(run)
@@ -463,9 +465,9 @@ def write_report(
         config.read_text(encoding="utf-8") if config.exists() else "",
         model,
         evaluation,
-        _kept(run),
+        _kept(run, place / "checkpoints"),
     )
-    out = run / "report.html" if out is None else Path(out)
+    out = place / "report.html" if out is None else Path(out)
     if out.is_dir():
         raise UserError(f"{out}: is a directory; name the file to write, such as report.html.")
     atomic_write(out, page)

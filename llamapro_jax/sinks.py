@@ -22,6 +22,7 @@ from llamapro_jax.hf.safetensors import Planned, SafetensorsWriter
 from llamapro_jax.hf.tokenizer import find_tokenizer, write_tokenizer
 from llamapro_jax.manifest import write_manifest
 from llamapro_jax.model.weights import Tensor, tensors
+from llamapro_jax.remote import is_remote
 from llamapro_jax.sources import HFSource, Source
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def lineage_entry(verb: str, source: Source, **facts: Any) -> dict[str, Any]:
 
     hub_id: where the source came from a hub, its name there without the revision.
     """
-    if isinstance(source, HFSource) and not Path(source.path).expanduser().is_dir():
+    local = is_remote(source.path) or Path(source.path).expanduser().is_dir()
+    if isinstance(source, HFSource) and not local:
         facts["hub_id"] = source.path.partition("@")[0]
     return {"verb": verb, "source": source.path, "llamapro_jax": __version__, **facts}
 

@@ -32,8 +32,10 @@ from llamapro_jax.hf.safetensors import (
     SafetensorsReader,
     Weights,
 )
+from llamapro_jax.local_copies import opened
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import OUTER_BY_NAME, Tensor, tensors
+from llamapro_jax.remote import as_path, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -242,10 +244,12 @@ class FlaxSource:
 
 def open_flax(path: str) -> FlaxSource:
     """Opens a Flax checkpoint and checks that each array is there in its shape."""
-    directory = Path(path).expanduser()
+    directory, params = opened(path, flax_checkpoint.PARAMS)
     hf_config, config, plan = read_config(directory)
     lineage = flax_checkpoint.read_description(directory)
-    arrays = flax_checkpoint.StackedArrays(directory / flax_checkpoint.PARAMS)
+    arrays = flax_checkpoint.StackedArrays(params)
+    if is_remote(params):
+        arrays.open(flax_checkpoint.leaves(config, plan))
     flax_checkpoint.check_shapes(arrays, config, plan)
     return FlaxSource(path, directory, hf_config, config, plan, lineage, arrays)
 
@@ -280,11 +284,11 @@ def open_source(path: str, *, allow_bin: bool = False, masters: bool = False) ->
     masters: of a run, give what was trained in float32 as it was trained, rather than in the
     dtype of the base.
     """
-    directory = Path(path).expanduser()
+    directory = as_path(path)
     if (directory / flax_checkpoint.DESCRIPTION).is_file():
         return open_flax(path)
     from llamapro_jax.training import run_directory
 
-    if run_directory.is_run(directory):
+    if run_directory.is_run(path):
         return run_directory.open_run(path, masters=masters)
     return open_hf(path, allow_bin)

@@ -8,6 +8,7 @@ from llamapro_jax import delta, flax_checkpoint, manifest
 from llamapro_jax.errors import UserError
 from llamapro_jax.fingerprint import FILE as FINGERPRINT_FILE
 from llamapro_jax.hf.hub import resolve
+from llamapro_jax.local_copies import fetched
 from llamapro_jax.sources import open_source
 from llamapro_jax.verification.findings import Findings
 
@@ -25,7 +26,7 @@ def verify(path: str, base: str | None = None) -> Findings:
     Raises UserError when `path` is none of these, when `base` is no model, and when a base is
     named for a data set.
     """
-    directory = Path(path).expanduser()
+    directory = fetched(path, fresh=True)
     if not directory.is_dir():
         directory = resolve(path)
     kind = kind_of(directory)

@@ -17,6 +17,7 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.training import setup
 from llamapro_jax.training.lease import Lease
 from llamapro_jax.training.loop import train
+from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.stopping import Stopped
 
 
@@ -35,7 +36,7 @@ def config_of(work: Path, output: Path, **changes: Any) -> Any:
 
 def prepared(work: Path, output: Path, **changes: Any) -> setup.Data:
     with Lease() as lease:
-        return setup.prepare(config_of(work, output, **changes), lease).data
+        return setup.prepare(config_of(work, output, **changes), lease, RunFiles(output)).data
 
 
 # ------------------------------------------------------------------- bad input
@@ -185,7 +186,7 @@ def told_by_first(work: Path, output: Path) -> tuple[Any, dict[str, Any]]:
     """The configuration, and what process 0 tells the others of the run that it prepared."""
     config = config_of(work, output)
     with Lease() as lease:
-        first = setup.prepare(config, lease)
+        first = setup.prepare(config, lease, RunFiles(config.output))
     (output / setup.START_FILE).write_text("this start")
     rows = {where: (rows.path, rows.split) for where, rows in first.data.rows.items()}
     return config, {"token": "this start", "resume_step": None, "rows": rows}
@@ -194,9 +195,9 @@ def told_by_first(work: Path, output: Path) -> tuple[Any, dict[str, Any]]:
 def test_another_process_opens_what_the_first_prepared(work: Path, tmp_path: Path) -> None:
     config, told = told_by_first(work, tmp_path / "run")
     before = digests(tmp_path / "run")
-    other = setup._follow(config, told)
+    other = setup._follow(config, RunFiles(config.output), told)
     with Lease() as lease:
-        first = setup.prepare(config, lease)
+        first = setup.prepare(config, lease, RunFiles(config.output))
     assert digests(tmp_path / "run") == before
     assert other.record == first.record and other.data.fingerprints == first.data.fingerprints
     for name, array in first.data.mixture.batch(3).items():
@@ -210,7 +211,7 @@ def test_a_process_that_does_not_see_the_run_directory_says_so(
     monkeypatch.setattr(setup, "SEEN_WITHIN", 0.3)
     config, told = told_by_first(work, tmp_path / "run")
     with pytest.raises(UserError, match="process 0 wrote into it, and this process does not see"):
-        setup._follow(config, {**told, "token": "another start"})
+        setup._follow(config, RunFiles(config.output), {**told, "token": "another start"})
     shutil.rmtree(tmp_path / "run/data")
     with pytest.raises(UserError, match="data.sources.words: process 0 prepared its"):
-        setup._follow(config, told)
+        setup._follow(config, RunFiles(config.output), told)

@@ -14,13 +14,15 @@ from llamapro_jax.data.columns import BadRow, BadShape, Columns
 from llamapro_jax.data.preparation.prepare import (
     TOKENIZER_DIRECTORY,
     Tokenizer,
-    prepare,
+    prepare_in,
     read_fingerprint,
 )
 from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.data.records import SPLIT, open_builder, open_split
 from llamapro_jax.data.rows import Row, complete_row, empty_rows
 from llamapro_jax.errors import UserError
+from llamapro_jax.local_copies import path_here
+from llamapro_jax.remote import RemotePath, as_path
 
 ROWS_LOOKED_AT = 64
 # Their split says what is read of them, of other kinds what is taken of the rows.
@@ -136,7 +138,7 @@ def open_rows(
     so that what is wrong with all of them is found here.
     """
     path = str(path)
-    name = name or Path(path).name
+    name = name or as_path(path).name
     builder = open_builder(path)
     _check_features(builder.info.features, name, path, sequence_length)
     fingerprint = read_fingerprint(builder.data_path)
@@ -180,7 +182,7 @@ def content_of(entry: SourceConfig | EvalSourceConfig) -> Content | None:
                 "text in `field`."
             )
     split = entry.split if entry.kind in OWN_SPLITS else SPLIT
-    return Content(entry.path, entry.kind, entry.field, split)
+    return Content(path_here(entry.path), entry.kind, entry.field, split)
 
 
 def prepared_template(entry: SourceConfig | EvalSourceConfig) -> str | None:
@@ -204,7 +206,7 @@ def open_source(
     tokenizer: Tokenizer | None,
     sequence_length: int,
     vocab_size: int,
-    cache_directory: str | Path,
+    cache_directory: str | Path | RemotePath,
 ) -> Rows:
     """The rows of one source of a run.
 
@@ -220,11 +222,11 @@ def open_source(
                 "none; add its tokenizer files, or name a prepared data set with kind 'tfds'."
             )
         path = str(
-            prepare(
+            prepare_in(
+                as_path(cache_directory),
                 content,
                 tokenizer,
                 sequence_length,
-                cache=cache_directory,
                 template=entry.template,
                 label=entry.name,
             )

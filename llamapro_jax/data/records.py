@@ -16,6 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from llamapro_jax.data.readers.datasets_directory import is_datasets_directory
 from llamapro_jax.data.rows import DTYPES, Row
 from llamapro_jax.errors import UserError, nearest
+from llamapro_jax.local_copies import fetched
 
 SPLIT = "train"
 _NAME = "rows"
@@ -126,7 +127,7 @@ def open_builder(path: str) -> Any:
     `~/tensorflow_datasets`; nothing is downloaded. Raises UserError when there is no such data set
     or it is not in ArrayRecord.
     """
-    directory = Path(path).expanduser()
+    directory = fetched(path)
     if directory.exists():
         builder = _builder_of(_dataset_directory(directory))
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from llamapro_jax.errors import UserError
 from llamapro_jax.model.api import Model, OpenedModel, open_model
 from llamapro_jax.model.weights import BLOCK_BY_NAME
+from llamapro_jax.remote import as_path
 from llamapro_jax.sources import open_source
 from llamapro_jax.training import run_directory
 from llamapro_jax.views import Strength
@@ -78,7 +78,7 @@ def recorded_original(model: OpenedModel) -> OpenedModel | None:
     path, verified = str(entry["source"]), False
     if run_directory.is_run(run) and model.source.lineage[-1]["source"] == path:
         # The run knows the whole path, and its source has checked what lies there.
-        path, verified = run_directory.RunRecord.read(Path(run)).model, True
+        path, verified = run_directory.RunRecord.read(as_path(run)).model, True
     try:
         source = open_source(path)
     except UserError as error:

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from llamapro_jax.errors import UserError
+from llamapro_jax.local_copies import fetched
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Not *.safetensors: Mistral's repositories hold the same weights again, consolidated.
@@ -19,12 +20,14 @@ TOKENIZER_PATTERNS = ["*token*.json", "config.json", "tokenizer.model", "*.jinja
 
 
 def resolve(path: str, allow_bin: bool = False, patterns: Sequence[str] = PATTERNS) -> Path:
-    """A local directory for `path`: itself, or the snapshot of the hub id `org/name@revision`.
+    """A local directory for `path`: itself, the local copy of a remote one, or the snapshot of
+    the hub id `org/name@revision`.
 
     patterns: of the files that are wanted; `TOKENIZER_PATTERNS` leave out the weights.
     Raises UserError when neither exists, naming the login command for a gated repository.
     """
-    local = Path(path).expanduser()
+    wanted = [*patterns, *(BIN_PATTERNS if allow_bin else ())]
+    local = fetched(path, only=wanted)
     if local.is_dir():
         check_links(local)
         return local
@@ -32,7 +35,7 @@ def resolve(path: str, allow_bin: bool = False, patterns: Sequence[str] = PATTER
         raise UserError(f"{path}: is a file; name the directory of a model.")
     if path.startswith((".", "/", "~")) or not HUB_ID.fullmatch(path):
         raise UserError(f"{path}: no such directory (and no hub id like org/name@revision).")
-    return _download(path, [*patterns, *(BIN_PATTERNS if allow_bin else ())])
+    return _download(path, wanted)
 
 
 def check_links(directory: Path) -> None:

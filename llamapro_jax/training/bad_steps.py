@@ -54,7 +54,7 @@ class BadSteps:
         """What `llamapro inspect DATA --split SPLIT --row ROW` takes, for each row of the batch."""
         if not is_first():
             return
-        directory, data = self._setup.directory, self._setup.data
+        directory, data = self._setup.files, self._setup.data
         places = {where.partition(".")[2]: rows for where, rows in data.rows.items()
                   if not where.startswith("eval.")}  # fmt: skip
         batch = data.mixture.places(step - 1)

@@ -49,7 +49,7 @@ def load(setup: Setup) -> tuple[Setup, TrainState, Params, optax.GradientTransfo
     if not setup.record.frozen:
         setup = replace(setup, record=replace(setup.record, frozen=found))
         if is_first():
-            setup.record.write(setup.directory)
+            setup.record.write(setup.files)
     changed = differing(setup.record.frozen, found)
     if changed:
         raise UserError(
@@ -77,7 +77,7 @@ def restore(setup: Setup, trainable: Any, optimizer: Any) -> tuple[Setup, TrainS
         if is_first():
             damaged = f"step {step} is damaged and was set aside ({reason})"
             print(f"WARNING: {where}: {damaged}", flush=True)
-        record_event(setup.directory, SET_ASIDE, step, reason=reason)
+        record_event(setup.files, SET_ASIDE, step, reason=reason)
 
     restored = restore_newest(where, trainable, optimizer, aside)
     assert restored is not None

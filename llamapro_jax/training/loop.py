@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from llamapro_jax.checkpoint import Checkpoints
+from llamapro_jax.checkpoint_files import Directory
 from llamapro_jax.checkpoint_restore import abstract
 from llamapro_jax.checksum import checksums
 from llamapro_jax.compilation_cache import enabled as compilation_cache
@@ -58,6 +58,7 @@ from llamapro_jax.training.fit import Fitted, device_memory, resolve
 from llamapro_jax.training.lease import Lease
 from llamapro_jax.training.rate import Rate
 from llamapro_jax.training.run_directory import CHECKPOINTS, SUMMARY_FILE
+from llamapro_jax.training.run_files import RunFiles
 from llamapro_jax.training.setup import Setup, finished, prepare
 from llamapro_jax.training.state import (
     TrainState,
@@ -72,7 +73,7 @@ from llamapro_jax.training.watchdog import Watchdog
 T = TypeVar("T")
 
 
-def train(config: RunConfig, *, takeover: bool = False) -> Path:
+def train(config: RunConfig, *, takeover: bool = False) -> Directory:
     """Trains until the last step, or on from the last checkpoint. Returns the run directory.
 
     takeover: ends another run that trains in the directory, instead of being refused.
@@ -82,27 +83,29 @@ def train(config: RunConfig, *, takeover: bool = False) -> Path:
     `training.lease.TakenOver` when another run took the directory over.
     """
     validate(config)
-    directory = Path(config.output)
     with (
         compilation_cache(config.compilation_cache),
         StopSignals() as stop,
         Lease(takeover) as lease,
+        RunFiles(config.output, lease.confirm) as place,
     ):
+        directory = place.run
         with stop.at_once(
             f"{directory}: stopped while it was prepared. Run the same command again to go on."
         ):
             require_same_command(config)
-            summary = from_first(lambda: finished(config))
+            summary = from_first(lambda: finished(config, place))
             if summary is not None:
                 steps = summary["steps"]
                 _say(f"{directory}: is finished ({steps} steps). {_frozen_line(summary)}.")
                 return directory
-            setup = prepare(config, lease)
+            setup = prepare(config, lease, place)
             require_same_inputs(setup)
         with (
             jax.set_mesh(setup.mesh),
-            Watchdog(config.training.watchdog, directory) as watchdog,
+            Watchdog(config.training.watchdog, place.files, place) as watchdog,
         ):
+            place.keep_copying()
             _run(setup, lease, stop, watchdog)
     return directory
 
@@ -179,9 +182,10 @@ def _run(setup: Setup, lease: Lease, stop: StopSignals, watchdog: Watchdog) -> N
             config.training.keep,
             partial(_save_failed, setup),
             permitted=lease.confirm,
+            before=setup.place.copy,
         ) as checkpoints,
         MetricsWriter(
-            setup.directory,
+            setup.files,
             resume_step=setup.resume_step,
             tensorboard=config.tracking.tensorboard,
             wandb_project=config.tracking.wandb_project,
@@ -278,7 +282,9 @@ def _take_steps(run: _Progress) -> None:
     run.watchdog.progress(f"taking step {run.step + 1}", slow=True)
     rate = Rate(setup, run.step)
     with (
-        Profile(setup.config.profile, setup.directory, run.step, run.display.message) as profile,
+        Profile(
+            setup.config.profile, setup.files, run.step, run.display.message, setup.directory
+        ) as profile,
         Prefetcher(
             lambda step: (_batch(setup, step), run.compare.batch(step)), run.step, training.steps
         ) as batches,
@@ -409,11 +415,11 @@ def _save_failed(setup: Setup, step: int, reason: str) -> None:
         "training goes on, and ends when the next save fails too",
         flush=True,
     )
-    record_event(setup.directory, SAVE_FAILED, step, reason=reason)
+    record_event(setup.files, SAVE_FAILED, step, reason=reason)
 
 
 def _metrics_lost(setup: Setup, lines: list[Key]) -> None:
-    record_event(setup.directory, METRICS_LOST, lines[0][1], lines=lines)
+    record_event(setup.files, METRICS_LOST, lines[0][1], lines=lines)
 
 
 def _require_frozen(run: _Progress) -> None:
@@ -452,7 +458,7 @@ def _summarise(run: _Progress) -> None:
     setup = run.setup
     records = run.metrics.records()
     # A later go may have written them after all, when it went on from an earlier step.
-    lost = {tuple(r) for e in read_events(setup.directory, METRICS_LOST) for r in e["lines"]}
+    lost = {tuple(r) for e in read_events(setup.files, METRICS_LOST) for r in e["lines"]}
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))
         for name, tree in (("trainable", run.state.trainable), ("frozen", run.frozen))
@@ -473,13 +479,14 @@ def _summarise(run: _Progress) -> None:
         "frozen_bits": sum(leaf.nbytes * 8 for leaf in leaves),
         "frozen_bits_changed": 0,
         "updates_skipped": run.state.guard.values()["skipped"],
-        "steps_set_aside": [e["step"] for e in read_events(setup.directory, SET_ASIDE)],
-        "saves_failed": [e["step"] for e in read_events(setup.directory, SAVE_FAILED)],
+        "steps_set_aside": [e["step"] for e in read_events(setup.files, SET_ASIDE)],
+        "saves_failed": [e["step"] for e in read_events(setup.files, SAVE_FAILED)],
         "metrics_lost": sum(not run.metrics.recorded(*record) for record in lost)
         + len(run.metrics.waiting()),
         "parameters": {**sizes, "total": sum(sizes.values())},
     }
-    write_json(setup.directory / SUMMARY_FILE, summary)
+    write_json(setup.files / SUMMARY_FILE, summary)
+    setup.place.copy()
     run.display.message(f"{setup.directory}: {run.step} steps in {duration(run.elapsed())}")
     run.display.message(_frozen_line(summary))
     for what in ("steps_set_aside", "saves_failed", "metrics_lost"):

@@ -22,14 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from llamapro_jax.checkpoint_files import TRAINABLE, ProvedArrays, committed_steps
+from llamapro_jax.checkpoint_files import TRAINABLE, Directory, ProvedArrays, committed_steps
 from llamapro_jax.errors import UserError
 from llamapro_jax.expansion import ExpansionPlan, checked_lineage
 from llamapro_jax.files import check_format, read_json, write_json
 from llamapro_jax.fingerprint import Fingerprint, tensor_print
 from llamapro_jax.hf.config import read_config
+from llamapro_jax.local_copies import opened
 from llamapro_jax.model.config import ModelConfig
 from llamapro_jax.model.weights import Tensor, tensors
+from llamapro_jax.remote import as_path
 from llamapro_jax.sources import Bounds, Source, open_source, read_part
 from llamapro_jax.training.state import leaves_of, trains
 
@@ -37,6 +39,9 @@ RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
+DATA = "data"
+# What nobody needs who reads the trained model.
+NOT_OF_THE_MODEL = (DATA, "tensorboard", "profile", "watchdog", "wandb")
 FORMAT = {"format": "llamapro_jax run", "version": 1}
 
 
@@ -57,7 +62,7 @@ class RunRecord:
     data: Mapping[str, str | None] = field(default_factory=dict)
     frozen: Mapping[str, int] = field(default_factory=dict)
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Directory) -> None:
         write_json(
             directory / RUN_FILE,
             {
@@ -72,7 +77,7 @@ class RunRecord:
         )
 
     @staticmethod
-    def read(directory: Path) -> RunRecord:
+    def read(directory: Directory) -> RunRecord:
         """Raises UserError when run.json is malformed or of a later version."""
         path = directory / RUN_FILE
         values = read_json(path)
@@ -192,7 +197,7 @@ class RunSource:
 
 def is_run(path: str | Path) -> bool:
     """Whether `path` is the directory of a training run."""
-    return (Path(path) / RUN_FILE).is_file()
+    return (as_path(path) / RUN_FILE).is_file()
 
 
 def open_run(path: str | Path, masters: bool = False, step: int | None = None) -> RunSource:
@@ -201,11 +206,11 @@ def open_run(path: str | Path, masters: bool = False, step: int | None = None) -
     Raises UserError when the run has no such checkpoint, when the model it began from is missing
     or another one, and when the checkpoint is not of this run.
     """
-    directory = Path(path).expanduser()
+    directory, checkpoints = opened(path, CHECKPOINTS, without=NOT_OF_THE_MODEL)
     record = RunRecord.read(directory)
     hf_config, config, plan = read_config(directory)
-    step = _chosen_step(directory, step)
-    arrays = ProvedArrays(directory / CHECKPOINTS / str(step), TRAINABLE)
+    step = _chosen_step(path, checkpoints, step)
+    arrays = ProvedArrays(checkpoints / str(step), TRAINABLE)
     _check_leaves(arrays, config, plan, record.trainable)
     base = _open_base(directory, record, masters)
     if base.plan != plan or base.config != config:
@@ -218,8 +223,8 @@ def open_run(path: str | Path, masters: bool = False, step: int | None = None) -
     )
 
 
-def _chosen_step(directory: Path, step: int | None) -> int:
-    saved = committed_steps(directory / CHECKPOINTS)
+def _chosen_step(directory: str | Path, checkpoints: Directory, step: int | None) -> int:
+    saved = committed_steps(checkpoints)
     if not saved:
         raise UserError(
             f"{directory}: has no checkpoint yet; let it train until the first one "

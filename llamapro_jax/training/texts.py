@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from llamapro_jax.checkpoint_files import Directory
 from llamapro_jax.config import EvalSourceConfig, RunConfig, SourceConfig
 from llamapro_jax.data.chat import ChatTemplate
 from llamapro_jax.data.dataset import (
@@ -22,8 +23,8 @@ from llamapro_jax.data.preparation.prepare import fingerprint
 from llamapro_jax.data.readers.documents import pieces
 from llamapro_jax.errors import UserError
 from llamapro_jax.hf.tokenizer import Tokenizer
-
-DATA = "data"
+from llamapro_jax.remote import is_remote
+from llamapro_jax.training.run_directory import DATA
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def fingerprints(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, st
 
 
 def open_data(
-    config: RunConfig, directory: Path, vocab_size: int, tokenizer: Tokenizer | None
+    config: RunConfig, directory: Directory, vocab_size: int, tokenizer: Tokenizer | None
 ) -> Data:
     """Prepares the texts, unless they are prepared already, and opens all rows.
 
@@ -130,7 +131,7 @@ def open_data(
             tokenizer=tokenizer,
             sequence_length=config.data.sequence_length,
             vocab_size=vocab_size,
-            cache_directory=Path(config.data.cache_directory or directory / DATA),
+            cache_directory=config.data.cache_directory or directory / DATA,
         )
     return _mixed(config, {where: rows[where] for where, _ in entries})
 
@@ -145,7 +146,7 @@ def open_prepared(
     rows: dict[str, Rows] = {}
     for where, entry in _entries(config):
         path, split = places[where]
-        if path != entry.path and not Path(path).is_dir():
+        if path != entry.path and not is_remote(path) and not Path(path).is_dir():
             raise UserError(
                 f"data.{where}: process 0 prepared its text in {path}, which this process does "
                 "not see; set data.cache_directory to a directory on a file system that all hosts "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llamapro_jax import exit_codes
 from llamapro_jax.launch.processes import end_others, index
+from llamapro_jax.training.run_files import RunFiles
 
 WATCHDOG = "watchdog"
 
@@ -29,12 +30,15 @@ class Watchdog:
     """A context manager that ends the process with exit_codes.STALLED without `progress`.
 
     seconds: the longest time between two; None: it never ends. directory: of the run, where
-    `watchdog/process-I.txt` gets the stacks of all threads, as standard error does.
+    `watchdog/process-I.txt` gets the stacks of all threads, as standard error does. place: of a
+    run, where what is written down is copied to when the run is remote.
     """
 
-    def __init__(self, seconds: float | None, directory: Path) -> None:
+    def __init__(
+        self, seconds: float | None, directory: Path, place: RunFiles | None = None
+    ) -> None:
         self._seconds = seconds
-        self._directory = directory
+        self._directory, self._place = directory, place
         self._doing, self._limit, self._quiet = "starting", float("inf"), 0.0
         self._over = threading.Event()
 
@@ -65,10 +69,11 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        where = (self._place.run if self._place else self._directory) / WATCHDOG
         message = (
             f"watchdog: nothing moved for {self._quiet:.0f} s, while {self._doing} "
             f"(training.watchdog: {self._seconds:g} s). The stacks of all threads are in "
-            f"{self._directory / WATCHDOG}; run the same command again to go on."
+            f"{where}; run the same command again to go on."
         )
         for action in (self._show, self._write_down, end_others):
             arguments = (exit_codes.STALLED, message) if action is end_others else (message,)
@@ -89,6 +94,8 @@ class Watchdog:
         with file.open("w", encoding="utf-8") as stream:
             stream.write(f"{message}\n")
             _stacks(stream)
+        if self._place is not None:
+            self._place.copy()
 
 
 def _stacks(stream: io.TextIOBase) -> None:

@@ -82,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @enabled(AUTO)
 def run(args: argparse.Namespace) -> None:
     check_arguments(args)
-    texts = parse_named("--text", args.text, "code=data/code.txt")
+    from llamapro_jax.local_copies import path_here
+
+    named = parse_named("--text", args.text, "code=data/code.txt")
+    texts = {name: path_here(path) for name, path in named.items()}
     task_files = parse_named("--task", args.task, "arc=data/arc.jsonl")
     examples = parse_named("--shots-from", args.shots_from, "arc=data/arc_train.jsonl")
     for name in set(examples) - set(task_files):
@@ -137,6 +140,7 @@ def _run_alone(args: argparse.Namespace, request: Request) -> None:
     from llamapro_jax.evaluation.texts import as_json, as_table, default_sequence_length
     from llamapro_jax.files import write_json
     from llamapro_jax.model.api import open_model
+    from llamapro_jax.remote import as_path
     from llamapro_jax.training.run_directory import RunSource
 
     options = {"dtype": args.dtype, "allow_bin": args.allow_bin}
@@ -175,7 +179,7 @@ def _run_alone(args: argparse.Namespace, request: Request) -> None:
         shown = {"title": title, "step": about["step"], "max_rows": args.max_rows, **tables[0]}
         if len(tables) > 1:
             shown["more"] = tables[1:]
-        write_json(model.source.directory / "evaluation.json", shown)
+        write_json(as_path(model.source.path) / "evaluation.json", shown)
     if args.json:
         kept = {"results": as_json(results.texts), "tasks": as_json(results.tasks)}
         write_json(args.json, {**about, **kept})

@@ -56,12 +56,13 @@ def preparations(config: PrepareConfig) -> list[Preparation]:
     from llamapro_jax.data.readers.documents import Content
     from llamapro_jax.hf import hub
     from llamapro_jax.hf.tokenizer import load_tokenizer
+    from llamapro_jax.local_copies import path_here
 
     tokenizer = load_tokenizer(hub.resolve(config.tokenizer, patterns=hub.TOKENIZER_PATTERNS))
     tokenizer.encode("", eos=True)  # raises without an end token, which documents end with
     return [
         Preparation(
-            Content(source.path, source.kind, source.field, source.split),
+            Content(path_here(source.path), source.kind, source.field, source.split),
             tokenizer,
             config.sequence_length,
             config.target(source),

@@ -35,9 +35,11 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.files import read_json, require_new_directory, write_json
 from llamapro_jax.hf.tokenizer import Tokenizer as ModelTokenizer
 from llamapro_jax.hf.tokenizer import with_template, write_tokenizer
+from llamapro_jax.local_copies import scratch, upload
 from llamapro_jax.manifest import write_manifest
+from llamapro_jax.remote import RemotePath, sizes
 
-__all__ = ["Preparation", "Tokenizer", "fingerprint", "prepare", "read_fingerprint"]
+__all__ = ["Preparation", "Tokenizer", "fingerprint", "prepare", "prepare_in", "read_fingerprint"]
 
 FINGERPRINT_FILE = "fingerprint.json"
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -291,6 +293,31 @@ def prepare(
         workers,
         label,
     ).run()
+
+
+def prepare_in(
+    cache: Path | RemotePath,
+    content: Content,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    template: str = "llama_pro",
+    label: str | None = None,
+) -> Path | RemotePath:
+    """`prepare` in a cache. For a remote one it is made here and copied there, once for all."""
+    if isinstance(cache, Path):
+        return prepare(
+            content, tokenizer, sequence_length, cache=cache, template=template, label=label
+        )
+    with scratch() as directory:
+        made = Preparation(
+            content, tokenizer, sequence_length, None, directory, template, label=label
+        )
+        target = cache / made.directory.name
+        if not (target / FINGERPRINT_FILE).is_file():
+            here = made.run()
+            upload(here, target, sizes(here), last=FINGERPRINT_FILE)
+    return target
 
 
 def fingerprint(
