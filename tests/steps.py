@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from llamapro_jax.training.state import (
     map_leaves,
     partition,
 )
+from llamapro_jax.training.step import build_train_step
 
 B, T, V = 4, 16, 61
 
@@ -125,6 +127,20 @@ def begin(run: RunConfig, params: Any) -> tuple[TrainState, Any, Any]:
     trainable, frozen = partition(jax.tree.map(jnp.copy, params), run.trainable)
     optimizer = build_optimizer(run.optimizer, run.training.steps, labels(params, run.trainable))
     return init_state(trainable, frozen, optimizer), frozen, optimizer
+
+
+_STEPS: dict[str, Callable[..., Any]] = {}
+
+
+def train_step(config: ModelConfig, plan: ExpansionPlan, run: RunConfig) -> Callable[..., Any]:
+    """The step of these settings, built once: tests that share it share what it compiles."""
+    key = repr((config, plan, run))
+    if key not in _STEPS:
+        params = abstract_params(config, plan, lambda *_: jnp.float32)
+        trains = labels(params, run.trainable)
+        optimizer = build_optimizer(run.optimizer, run.training.steps, trains)
+        _STEPS[key] = build_train_step(config, plan, run, optimizer)
+    return _STEPS[key]
 
 
 def abstract_params(config: ModelConfig, plan: ExpansionPlan, dtype_of: Any) -> Any:

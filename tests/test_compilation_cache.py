@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import overrides, settings, write_model, write_texts
+from runs import overrides, run_config, settings, write_model, write_texts
 
 from llamapro_jax import compilation_cache
 from llamapro_jax.compilation_cache import AUTO, default_directory, directory, enabled, processor
 from llamapro_jax.errors import UserError
 from llamapro_jax.launch.local import environment
 from llamapro_jax.launch.processes import free_port
+from llamapro_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,10 +71,25 @@ def test_a_resumed_run_compiles_nothing(tmp_path: Path) -> None:
 
     first = train(cache, 2, arguments)
     assert first["status"] == 42 and first["compiled"] > 3 and first["taken"] == 0
-    without = train(cache, 6, [*arguments, "compilation_cache=null"])
-    assert without["status"] == 42 and without["compiled"] > 3 and without["taken"] == 0
     resumed = train(cache, 0, arguments)
     assert resumed["status"] == 0 and resumed["compiled"] == 0 and resumed["taken"] > 3
+
+
+@pytest.mark.parametrize("setting", [None, "auto"])
+def test_a_run_has_the_cache_of_its_setting(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stop(setting: str | None) -> Any:
+        asked.append(setting)
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "compilation_cache", stop)
+    run = run_config(tmp_path / "model", tmp_path, tmp_path / "run", compilation_cache=setting)
+    with pytest.raises(InterruptedError):
+        loop.train(run)
+    assert asked == [setting]
 
 
 # ------------------------------------------------------------------- within a process

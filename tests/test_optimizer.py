@@ -62,8 +62,9 @@ def one_update(config: OptimizerConfig, spec: tuple[str, ...], scale: float = 1.
     params = jax.tree.map(lambda leaf: leaf + 1.0, expanded_params(CONFIG, PLAN))
     optimizer = build_optimizer(config, 10, labels(params, spec))
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), params)
-    updates, state = optimizer.update(gradients, optimizer.init(params), params)
-    return params, updates, state
+    # Compiled as one program: leaf by leaf it would be a hundred small ones.
+    update = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params))
+    return params, *update(gradients, params)
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -79,16 +79,17 @@ def test_the_loss_of_a_document_has_no_gradient_in_another(
 ) -> None:
     """The tokens are all different, so that a row of the embedding is a place in the row."""
 
-    def loss(embed: jax.Array, weights: np.ndarray) -> jax.Array:
+    def loss(embed: jax.Array, weights: jax.Array) -> jax.Array:
         params = {**model[2], "embed": embed}
         x_ND = states(model, params)[0]
         targets = jnp.roll(ROW[0], -1)
         head = jax.lax.stop_gradient(head_weight(params))
-        return summed_cross_entropy(x_ND, head, targets, jnp.asarray(weights), 8)
+        return summed_cross_entropy(x_ND, head, targets, weights, 8)
 
+    gradient = jax.jit(jax.grad(loss))
     for segment in (1, 2):
         own = SEGMENTS[0] == segment
-        grad_VD = jax.grad(loss)(model[2]["embed"], own.astype(np.float32))
+        grad_VD = gradient(model[2]["embed"], own.astype(np.float32))
         reached = np.asarray((grad_VD != 0).any(axis=1))[ROW[0]]
         np.testing.assert_array_equal(reached, own)
 

@@ -93,8 +93,8 @@ def on_one_device(devices: Devices) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
-def test_a_mesh_gives_the_losses_of_one_device(
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1)])
+def test_a_mesh_gives_the_losses_of_one_device(  # over `context`, too, in test_mesh
     devices: Devices, on_one_device: list[float], shape: tuple[int, ...]
 ) -> None:
     found = devices(losses, shape, ("new",))
@@ -291,8 +291,6 @@ def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(
     ("changes", "message"),
     [
         ({"mesh.data": 3}, "mesh: data 3 .* does not fit 8 devices"),
-        ({"data.batch_size": 6}, "data.batch_size: 6 rows do not divide over 8 devices"),
-        ({"mesh.tensor": 8}, "mesh.tensor: 8 does not divide the model's num_attention_heads, 4"),
         ({"model": "/nowhere"}, "/nowhere: no such directory"),
     ],
 )
