@@ -14,7 +14,7 @@ from llamapro_jax.expansion import ExpansionPlan, spread
 TARGET = Path(__file__).with_name("two_stacks.svg")
 
 # tests/test_docs_drawing.py holds their contrast to both pages, and to the text on the boxes.
-BASE, NEW, TEXT, ON_BOX = "#57606a", "#c2410c", "#727a83", "#ffffff"
+BASE, NEW, TEXT, ON_BOX = "#5d666f", "#c2410c", "#727a83", "#ffffff"
 
 WIDTH, HEIGHT = 880, 384
 LEFT, PITCH, BOX = 136, 18.4, 16
