@@ -16,6 +16,7 @@ Needs gcloud, logged in, and Python 3.11. Paths in CONFIG are paths on the hosts
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
@@ -41,6 +42,8 @@ example, from nothing to a run that survives preemption:
   launch/tpu.sh supervise my-v5e --zone us-west4-a --type v5litepod-16 --spot \\
     --staging gs://my-bucket/jobs configs/llama2_7b_pro.yaml output=gs://my-bucket/runs/first
 """
+
+PATIENCE = Patience()
 
 # ------------------------------------------------------------------- the arguments
 
@@ -155,7 +158,7 @@ def _add_supervise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restarts",
         type=int,
-        default=Patience.restarts,
+        default=PATIENCE.restarts,
         metavar="N",
         help="starts in a row without a newer step saved, until it gives up; default: %(default)s",
     )
@@ -305,7 +308,7 @@ def supervise(args: argparse.Namespace) -> int:
         tpu_job.stage(resource, what)
     if args.dry_run:
         return _rehearse(cloud, args)
-    patience = Patience(poll=args.poll, restarts=args.restarts)
+    patience = dataclasses.replace(PATIENCE, poll=args.poll, restarts=args.restarts)
     say = _with_time if sys.stdout.isatty() or args.poll >= 1 else _plainly
     try:
         return Supervisor(cloud, args.name, patience, args.keep, say).run()
