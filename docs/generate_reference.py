@@ -117,6 +117,7 @@ SECTIONS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
         "Every format behind one interface: read, look through, write, without a model in memory.",
         {
             "llamapro_jax.sources": ("open_source", "Source", "base_is_original"),
+            "llamapro_jax.model.weights": ("tensors", "Tensor"),
             "llamapro_jax.views": ("Until", "Expanded", "Strength", "Cast"),
             "llamapro_jax.sinks": ("copy",),
             "llamapro_jax.fingerprint": ("Fingerprint", "TensorPrint"),

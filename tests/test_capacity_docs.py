@@ -53,7 +53,7 @@ def test_lines(script: ModuleType) -> None:
         "llama2_7b_pro v5p-8": result(
             fits=False, peak_bytes_per_device=20 * 2**30, advice="topology=v5p-16"
         ),
-        "llama2_7b_pro v6e-8": {"error": "error: data.batch_size: 4 rows do not divide"},
+        "llama2_7b_pro v6e-8": {"error": "error: data.batch_size: 4 rows do not divide. Take 8."},
     }
     text = script.render(results)
     assert "8.36 B parameters, 1.62 B train; 38.28 GF useful a token." in text
@@ -69,18 +69,3 @@ def test_lines(script: ModuleType) -> None:
 
 def test_the_document_is_up_to_date(script: ModuleType) -> None:
     assert script.TARGET.read_text() == script.render(json.loads(script.RESULTS.read_text()))
-
-
-def test_time_and_memory_of_the_recipes_are_those_of_the_plans(script: ModuleType) -> None:
-    results = json.loads(script.RESULTS.read_text())
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    table = page.split("| recipe | machine |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) >= 5
-    for row in table:
-        recipe, machine, peak, seconds, days = (cell.strip(" `") for cell in row.split("|")[1:-1])
-        result = results[f"{recipe} {machine}"]
-        assert result["fits"]
-        gib = (result[f"{name}_bytes_per_device"] / script.GIB for name in ("peak", "hbm"))
-        assert peak == "{:.1f} of {:.1f}".format(*gib)
-        assert seconds == f"{result['step_seconds_roofline']:.1f}"
-        assert days == f"{result['days_at_50_percent']:.1f}"
