@@ -24,6 +24,7 @@ VERBS = (
     "plan",
     "prepare",
     "train",
+    "launch",
     "evaluate",
     "report",
     "generate",

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from stand_ins import OLD_PYTHON, ROOT, Machine, fixtures
 
-LAUNCHERS = ["launch/local.sh", "launch/slurm_gpu.sh"]
+from llamapro_jax.exit_codes import worth_restarting
+
+LAUNCHERS = ["launch/local.sh", "launch/slurm.sbatch"]
 SCRIPTS = [*LAUNCHERS, "launch/tpu.sh", "launch/tpu_worker.sh", ".ci/run"]
 
 machine, checkout = fixtures()
@@ -140,7 +142,7 @@ def test_local_names_the_old_python(machine: Machine, checkout: Path) -> None:
     assert "python3.9 is missing, older than Python 3.11" in result.stderr
 
 
-# --- slurm_gpu.sh -------------------------------------------------------------------------------
+# --- slurm.sbatch -------------------------------------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "77"}
 
@@ -157,24 +159,39 @@ def cluster(machine: Machine, checkout: Path) -> Path:
     return checkout
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (42, True)])
+@pytest.mark.parametrize("status", [0, 1, 2, 42, 43, 44, 45, 127, 128, 130, 134, 137, 143, 193])
 def test_slurm_trains_and_goes_back_into_the_queue_when_it_was_stopped(
-    machine: Machine, cluster: Path, status: int, requeued: bool
+    machine: Machine, cluster: Path, status: int
 ) -> None:
     # As Slurm does, run a copy.
-    copy = shutil.copy(cluster / "launch/slurm_gpu.sh", machine.directory / "slurm_script")
+    copy = shutil.copy(cluster / "launch/slurm.sbatch", machine.directory / "slurm_script")
     result = machine.run(
         copy, "configs/tiny.yaml", "output=a b", cwd=cluster, STATUS=str(status),
         SLURM_SUBMIT_DIR=str(cluster), **SLURM,
     )  # fmt: skip
     assert result.returncode == status, result.stderr
-    program = cluster / ".venv-cuda12/bin/llamapro"
-    assert f"srun {program} train configs/tiny.yaml output=a b" in machine.record()
-    assert ("scontrol requeue 77" in machine.record()) == requeued
+    program = cluster / ".venv-cuda12/bin/python"
+    started = f"srun {program} -m llamapro_jax.launch.entry configs/tiny.yaml output=a b"
+    assert started in machine.record()
+    assert ("scontrol requeue 77" in machine.record()) == worth_restarting(status)
+
+
+def test_slurm_requeues_a_failing_job_so_many_times_and_a_stopped_one_always(
+    machine: Machine, cluster: Path
+) -> None:
+    script = "launch/slurm.sbatch"
+    for status, requeued in ((43, False), (137, False), (42, True)):
+        result = machine.run(
+            script, "configs/tiny.yaml", cwd=cluster, STATUS=str(status), MAX_REQUEUES="3",
+            SLURM_RESTART_COUNT="3", **SLURM,
+        )  # fmt: skip
+        assert result.returncode == status
+        assert ("after 3 requeues; not requeued" in result.stderr) != requeued
+        assert ("scontrol requeue 77" in machine.record()) == requeued
 
 
 def test_slurm_asks_for_gpus_by_node_and_for_a_signal() -> None:
-    head = (ROOT / "launch/slurm_gpu.sh").read_text().partition("set -euo")[0]
+    head = (ROOT / "launch/slurm.sbatch").read_text().partition("set -euo")[0]
     for option in ("gres=gpu:8", "ntasks-per-node=8", "signal=TERM@300", "requeue"):
         assert f"#SBATCH --{option}\n" in head
     assert "gpus-per-task" not in head
@@ -182,8 +199,10 @@ def test_slurm_asks_for_gpus_by_node_and_for_a_signal() -> None:
 
 def test_slurm_dry_run_runs_nothing(machine: Machine, cluster: Path) -> None:
     before = machine.record()
-    result = machine.run("launch/slurm_gpu.sh", "--dry-run", "configs/tiny.yaml", cwd=cluster)
-    assert result.stdout.strip().endswith("bin/llamapro train configs/tiny.yaml")
+    result = machine.run("launch/slurm.sbatch", "--dry-run", "configs/tiny.yaml", cwd=cluster)
+    assert result.stdout.strip().endswith(
+        "bin/python -m llamapro_jax.launch.entry configs/tiny.yaml"
+    )
     assert machine.record() == before
 
 
@@ -194,8 +213,9 @@ def test_slurm_dry_run_runs_nothing(machine: Machine, cluster: Path) -> None:
         (["configs/absent.yaml"], SLURM, "configs/absent.yaml: no such configuration file"),
         (["--nodes=2", "configs/tiny.yaml"], SLURM, "unknown option --nodes=2"),
         (["configs/tiny.yaml"], {}, "this is no Slurm job; submit it: sbatch"),
-        (["configs/tiny.yaml"], {**SLURM, "VENV": "none"}, "none/bin/llamapro: no such program"),
+        (["configs/tiny.yaml"], {**SLURM, "VENV": "none"}, "none/bin/python: no such program"),
         (["configs/tiny.yaml"], {**SLURM, "SLURM_SUBMIT_DIR": "/"}, "/ is no checkout"),
+        (["configs/tiny.yaml"], {**SLURM, "MAX_REQUEUES": "no"}, "'no' is not a whole number"),
     ],
 )
 def test_slurm_refuses(
@@ -205,7 +225,7 @@ def test_slurm_refuses(
     environment: dict[str, str],
     message: str,
 ) -> None:
-    result = machine.run("launch/slurm_gpu.sh", *arguments, cwd=cluster, **environment)
+    result = machine.run("launch/slurm.sbatch", *arguments, cwd=cluster, **environment)
     assert result.returncode == 2
     assert message in result.stderr
     assert not any(line.startswith("srun") for line in machine.record())
