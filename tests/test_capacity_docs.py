@@ -69,3 +69,18 @@ def test_lines(script: ModuleType) -> None:
 
 def test_the_document_is_up_to_date(script: ModuleType) -> None:
     assert script.TARGET.read_text() == script.render(json.loads(script.RESULTS.read_text()))
+
+
+def test_time_and_memory_of_the_recipes_are_those_of_the_plans(script: ModuleType) -> None:
+    results = json.loads(script.RESULTS.read_text())
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    table = page.split("| recipe | machine |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 5
+    for row in table:
+        recipe, machine, peak, seconds, days = (cell.strip(" `") for cell in row.split("|")[1:-1])
+        result = results[f"{recipe} {machine}"]
+        assert result["fits"]
+        gib = (result[f"{name}_bytes_per_device"] / script.GIB for name in ("peak", "hbm"))
+        assert peak == "{:.1f} of {:.1f}".format(*gib)
+        assert seconds == f"{result['step_seconds_roofline']:.1f}"
+        assert days == f"{result['days_at_50_percent']:.1f}"
