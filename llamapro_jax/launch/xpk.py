@@ -1,4 +1,4 @@
-"""The command that launches a run with xpk (https://github.com/AI-Hypercomputer/xpk) on its cluster.
+"""The command that launches a run with xpk (github.com/AI-Hypercomputer/xpk) on its cluster.
 
 xpk makes the cluster and the JobSet, but carries no file: the configuration is one of those that
 the image holds. Its restart rules know 42 and deaths by signals, and are told of 43.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = "print what starts a run on GKE or with xpk"
 EXAMPLE = """\
 llamapro launch gke configs/llama2_7b_pro.yaml topology=v5p-128 --image IMAGE:1.0 --claim my-files
-llamapro launch xpk configs/llama2_7b_pro.yaml topology=2xv6e-64 --image IMAGE:1.0 --cluster my-xpk"""
+llamapro launch xpk configs/llama2_7b_pro.yaml topology=2xv6e-64 --image IMAGE:1.0 --cluster mine"""
 
 TOPOLOGY = "topology="
 
