@@ -40,7 +40,8 @@ case "$1 $2" in
 esac
 """,
 }
-# Trains nothing: counts to 20, saves each second step, and hears SIGTERM, all hosts together.
+# Trains nothing: counts until there is a file `finish`, saves each second step, and hears SIGTERM,
+# all hosts together.
 TRAINER = """\
 import os, pathlib, signal, sys, time
 output = pathlib.Path(sys.argv[-1].partition("=")[2])
@@ -52,7 +53,7 @@ if first:
     with (output / "starts").open("a") as file:
         file.write(f"{began}\\n")
     print(f"{output}: going on from step {began}", flush=True)
-while step < 20:
+while not (output / "finish").exists():
     time.sleep(0.05)
     step += 1
     if first and (stop.exists() or step % 2 == 0):
@@ -163,7 +164,7 @@ class Gcloud:
 
     def _start(self, host: Path, command: str, index: int) -> subprocess.Popen[str]:
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")},
             **self.settings["environment"],
             "PATH": f"{self.directory}/hosts-bin:{os.environ['PATH']}",
             "HOME": str(host),

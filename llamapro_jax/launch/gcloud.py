@@ -37,7 +37,8 @@ _PATTERNS = (
         Kind.REFUSED,
         r"PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|SERVICE_DISABLED"
         r"|does not have permission|active account selected|[Rr]eauthentication"
-        r"|required property \[|unrecognized arguments|^ERROR: \(gcloud\.[^)]*\) argument ",
+        r"|required property \[|Error parsing \[|unrecognized arguments"
+        r"|^ERROR: \(gcloud\.[^)]*\) argument ",
     ),
     (Kind.EXISTS, r"ALREADY_EXISTS"),
     (Kind.NOT_FOUND, r"NOT_FOUND"),
@@ -45,15 +46,17 @@ _PATTERNS = (
 
 
 class GcloudError(UserError):
-    """A call of gcloud that failed. `kind`: what that means; `said`: its last words."""
+    """A call of gcloud that failed. `kind`: what that means; `said`: its words."""
 
     def __init__(self, command: Sequence[str], status: int, said: str):
-        lines = [line for line in said.strip().splitlines() if line.strip()]
+        # From where it says what is wrong: before that stand remarks, after it hints.
+        wrong = said[max(said.rfind("ERROR:"), 0) :]
+        lines = [line.strip() for line in wrong.splitlines() if line.strip()]
         self.kind = next(
             (kind for kind, pattern in _PATTERNS if re.search(pattern, said, re.MULTILINE)),
             Kind.PASSING,
         )
-        self.said = " ".join(lines[-3:]) or "it said nothing"
+        self.said = " ".join(lines[:3]) or "it said nothing"
         super().__init__(f"{shlex.join(command[:5])}: status {status}: {self.said}")
 
 
