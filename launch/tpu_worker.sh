@@ -53,6 +53,10 @@ is_installing() {
   process="$(cat "$home/installing" 2>/dev/null)" && kill -0 "$process" 2>/dev/null
 }
 
+note_installing() {
+  if ((!dry_run)); then echo "$$" >"$home/installing"; fi
+}
+
 # Debian's python3 comes without ensurepip, and then cannot make an environment.
 fits() {
   "$1" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -72,7 +76,7 @@ require_python() {
 install() {
   local name
   if is_running; then die "a training run is under way here; stop it first: launch/tpu.sh stop"; fi
-  if ((!dry_run)); then echo "$$" >"$home/installing"; fi
+  if ! is_installing; then note_installing; fi
   if [[ -d "$home/incoming" ]]; then
     do_it mkdir -p "$home/checkout"
     for name in "$home"/incoming/*; do
@@ -84,7 +88,8 @@ install() {
   fi
   require_python
   do_it "$home/checkout/launch/local.sh" --accelerator tpu --install-only
-  do_it rm -f "$home/installing"
+  # `boot`, which goes on, has its own number there.
+  if [[ "$(cat "$home/installing" 2>/dev/null)" == "$$" ]]; then rm "$home/installing"; fi
 }
 
 # As a unit of systemd it is stopped before the network is, and has its time to save.
@@ -108,20 +113,21 @@ boot() {
     echo "training has ended here for good; it is not started again"
     return
   fi
+  note_installing
   for attempt in 1 2 3; do
-    # Between the attempts too this counts as installing.
-    do_it tee "$home/installing" <<<"$$" >/dev/null
     # In a shell of its own, in which `set -e` holds.
-    if bash "$home/${from:-checkout}/launch/tpu_worker.sh" install; then
+    if do_it bash "$home/$from/launch/tpu_worker.sh" install; then
       do_it bash "$home/checkout/launch/tpu_worker.sh" start "$@"
+      do_it rm -f "$home/installing"
       return
     fi
     echo "installing failed ($attempt of 3)"
     if [[ -d "$home/checkout/launch" ]]; then from=checkout; fi
     sleep 30
   done
+  # Not an end: the supervisor sees a host on which nothing began, and sets it up through ssh.
   rm -f "$home/installing"
-  echo 1 >"$home/ended"
+  exit 1
 }
 
 run() {
@@ -147,6 +153,9 @@ status() {
     state=running
   elif is_installing; then
     state=installing
+  elif is_running; then
+    # It was started between the two questions.
+    state=running
   elif [[ -e "$home/stopped" ]]; then
     state=stopped
   elif [[ -e "$home/ended" ]]; then

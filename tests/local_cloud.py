@@ -230,7 +230,8 @@ class Gcloud:
             hosts = [(index, host) for index, host in hosts if host.name.endswith(end)]
         began = [self._start(host, self.flags["--command"], index) for index, host in hosts]
         for process in began:
-            print(process.communicate()[0], end="")
+            said = process.communicate()[0]
+            print(said, end="", file=sys.stderr if process.returncode else sys.stdout)
         return max(process.returncode for process in began)
 
     def scp(self) -> int:

@@ -49,14 +49,15 @@ class GcloudError(UserError):
     """A call of gcloud that failed. `kind`: what that means; `said`: its words."""
 
     def __init__(self, command: Sequence[str], status: int, said: str):
-        # From where it says what is wrong: before that stand remarks, after it hints.
-        wrong = said[max(said.rfind("ERROR:"), 0) :]
-        lines = [line.strip() for line in wrong.splitlines() if line.strip()]
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        # Before what is wrong stand remarks, after it hints.
+        wrong = [i for i, line in enumerate(lines) if re.match("error:", line, re.IGNORECASE)]
+        lines = lines[wrong[0] :][:3] if wrong else lines[-3:]
         self.kind = next(
             (kind for kind, pattern in _PATTERNS if re.search(pattern, said, re.MULTILINE)),
             Kind.PASSING,
         )
-        self.said = " ".join(lines[:3]) or "it said nothing"
+        self.said = " ".join(lines) or "it said nothing"
         super().__init__(f"{shlex.join(command[:5])}: status {status}: {self.said}")
 
 
