@@ -203,7 +203,7 @@ def test_gpu_nodes_find_each_other_and_their_network(name: str) -> None:
 
 def test_the_image_starts_the_arguments_behind_the_nodes_script(tmp_path: Path) -> None:
     """The shell line of GPU nodes, run: quotes and spaces in settings stay."""
-    _, job_set = documents(rendered(CONFIG, "h200-16", "xla.flags={'xla_a': 'b c'}"))
+    _, job_set = documents(rendered(CONFIG, "h200-16", "output=runs/it's so"))
     [trainer] = pod(job_set)["containers"]
     (tmp_path / "set_nccl_env.sh").write_text("export NCCL_NET=gIB\n")
     (tmp_path / "dumb-init").write_text('#!/bin/sh\necho "$NCCL_NET"; printf "%s\\n" "$@"\n')
@@ -406,7 +406,7 @@ def test_xpk_accepts_the_command(name: str, tmp_path: Path) -> None:
     program = xpk_program()
     if program is None:
         pytest.skip("xpk is not installed")
-    words = xpk_command(name, "xla.flags={'xla_a': 'b c'}", spot=True)
+    words = xpk_command(name, "output=runs/it's so", spot=True)
     file = tmp_path / "xpk.yaml"
     dry = ["--dry-run", "--skip-validation", "--project=p", f"--output-manifest-file={file}"]
     done = subprocess.run(
