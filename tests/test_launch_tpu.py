@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -341,6 +342,12 @@ def test_the_script_of_the_hosts_explains_and_rehearses(tmp_path: Path) -> None:
     assert status == 0 and "systemd-run" in text and text.endswith(f"run {CONFIG} a=b\\ c \n")
     assert [file.name for file in tmp_path.iterdir()] == ["checkout"]
     assert said("begin")[0] == said("start")[0] == said("stop", "now")[0] == 2
+
+
+def test_a_workstation_needs_no_package() -> None:
+    """-S: without those of this environment."""
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llamapro_jax.launch.tpu"
+    subprocess.run([sys.executable, "-S", "-c", script], check=True, timeout=60)
 
 
 def test_a_request_in_the_words_of_the_sdk() -> None:

@@ -329,6 +329,41 @@ def test_a_create_whose_answer_was_lost(cloud: ScriptedCloud) -> None:
     assert supervise() == 0
 
 
+def test_one_that_exists_and_is_not_found_is_not_created_for_ever(cloud: ScriptedCloud) -> None:
+    cloud.answer("describe", ABSENT)
+    cloud.answer("create", fail("ALREADY_EXISTS: my-tpu"))
+    assert supervise() == 2
+    assert acts(cloud) == ["create"] * 5
+
+
+@pytest.mark.parametrize(
+    ("described", "hosts"), [(ACTIVE, ""), (say('{"state": {"state": "ACTIVE"}}'), "10.0.0.2")]
+)
+def test_a_slice_without_hosts_is_one_that_does_not_answer(
+    cloud: ScriptedCloud, capsys: pytest.CaptureFixture[str], described: str, hosts: str
+) -> None:
+    cloud.answer("describe", described, ACTIVE)
+    cloud.answer("hosts", say(hosts), say("10.0.0.2"))
+    cloud.answer("ask", DONE)
+    assert supervise() == 0
+    assert "my-tpu: my-tpu has no host yet; asking again" in capsys.readouterr().out
+
+
+def test_wait_takes_a_flaky_describe_and_ends_with_what_is_gone(
+    cloud: ScriptedCloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wait = ["wait", "my-tpu", "--poll", "0"]
+    cloud.answer("describe", fail("503 UNAVAILABLE"), state("ACCEPTED"), ACTIVE, state("FAILED"))
+    assert tpu.main(wait) == 0
+    said = capsys.readouterr()
+    assert "503 UNAVAILABLE; asking again" in said.err
+    assert said.out == "my-tpu is ACCEPTED\nmy-tpu is ACTIVE\n"
+    assert tpu.main(wait) == 2
+    assert "my-tpu is FAILED; create it again" in capsys.readouterr().err
+    cloud.answer("describe", fail("503 UNAVAILABLE"))
+    assert tpu.main(wait) == 2
+
+
 def test_a_delete_that_fails_is_tried_again(cloud: ScriptedCloud) -> None:
     cloud.answer("describe", state("SUSPENDED"), state("SUSPENDED"), ABSENT, ACTIVE)
     cloud.answer("delete", fail("backend error"), "exit 0")

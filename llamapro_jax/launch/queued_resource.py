@@ -129,13 +129,10 @@ class QueuedResource:
             return State("ACTIVE", (self.name,))
         try:
             found = json.loads(answer)
-            nodes = tuple(node for spec in found["tpu"]["nodeSpec"] for node in _nodes(spec))
-            state = found["state"]
-            return State(
-                state["state"],
-                nodes,
-                state.get("failedData", {}).get("error", {}).get("message", ""),
-            )
+            specs = found.get("tpu", {}).get("nodeSpec", [])
+            error = found["state"].get("failedData", {}).get("error", {}).get("message", "")
+            nodes = tuple(node for spec in specs for node in _nodes(spec))
+            return State(found["state"]["state"], nodes, error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.name}: gcloud describes it in a way that is not understood ({error!r}): "
@@ -145,14 +142,14 @@ class QueuedResource:
     def hosts(self, nodes: tuple[str, ...]) -> int:
         """How many hosts there are in all slices: slices of one request are alike."""
         if nodes not in self._hosts:
-            listed = self.gcloud.tpus(
-                "tpu-vm", "describe", nodes[0], "--format=value(networkEndpoints[].ipAddress)"
-            )
+            first = nodes[0] if nodes else self.name
+            command = ("tpu-vm", "describe", first, "--format=value(networkEndpoints[].ipAddress)")
+            listed = self.gcloud.tpus(*command)
             count = len([address for address in re.split(r"[;,\s]+", listed) if address])
-            if count == 0:
-                if self.gcloud.dry_run:
-                    return 1
-                raise UserError(f"{nodes[0]} has no host yet")
+            if self.gcloud.dry_run:
+                return 1
+            if count == 0 or not nodes:
+                raise GcloudError(command, 0, f"{first} has no host yet")
             self._hosts[nodes] = count * len(nodes)
         return self._hosts[nodes]
 
@@ -178,9 +175,9 @@ class QueuedResource:
 
 def _nodes(spec: dict) -> list[str]:
     """The slices of a part of a request, which may be written out or as a number and a prefix."""
-    several = spec.get("multisliceParams")
-    if not several:
+    if "nodeId" in spec:
         return [spec["nodeId"]]
+    several = spec["multisliceParams"]
     return [f"{several['nodeIdPrefix']}-{i}" for i in range(int(several["nodeCount"]))]
 
 

@@ -250,15 +250,15 @@ class Supervisor:
     def _after(self, error: GcloudError) -> float:
         """Seconds to wait after a call that failed. Raises UserError when that would not help."""
         self._failures += 1
-        if error.kind is Kind.EXISTS:
-            # Of a create whose answer was lost.
-            return self._patience.poll
         if error.kind is Kind.REFUSED or self._failures > self._patience.tries:
             often = "" if error.kind is Kind.REFUSED else f" {self._failures} times in a row"
             raise UserError(
                 f"{error}{often}. What runs on {self._name} goes on; the same command watches it "
                 "again."
             ) from error
+        if error.kind is Kind.EXISTS:
+            # Of a create whose answer was lost.
+            return self._patience.poll
         self._tell(f"{error.said}; trying again")
         return min(self._patience.poll * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE)
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from llamapro_jax import exit_codes
 from llamapro_jax.errors import UserError
 from llamapro_jax.launch import tpu_job
-from llamapro_jax.launch.gcloud import Gcloud
+from llamapro_jax.launch.gcloud import Gcloud, GcloudError, Kind
 from llamapro_jax.launch.queued_resource import (
     ABSENT,
     GONE,
@@ -203,9 +203,18 @@ def create(args: argparse.Namespace) -> int:
 
 
 def wait(args: argparse.Namespace) -> int:
-    resource, said = _resource(args), ""
+    resource, said, failures = _resource(args), "", 0
     while True:
-        state = resource.state()
+        try:
+            state = resource.state()
+            failures = 0
+        except GcloudError as error:
+            failures += 1
+            if error.kind is not Kind.PASSING or failures > PATIENCE.tries:
+                raise
+            print(f"{error.said}; asking again", file=sys.stderr)
+            time.sleep(args.poll)
+            continue
         text = f"{state.name}{f': {state.error}' if state.error else ''}"
         if text != said and not args.dry_run:
             print(f"{args.name} is {text}", flush=True)
@@ -309,9 +318,8 @@ def supervise(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _rehearse(cloud, args)
     patience = dataclasses.replace(PATIENCE, poll=args.poll, restarts=args.restarts)
-    say = _with_time if sys.stdout.isatty() or args.poll >= 1 else _plainly
     try:
-        return Supervisor(cloud, args.name, patience, args.keep, say).run()
+        return Supervisor(cloud, args.name, patience, args.keep, _say).run()
     except KeyboardInterrupt:
         print(
             f"\nstopped watching. {args.name} goes on: the same command watches it again; "
@@ -333,12 +341,8 @@ def _rehearse(cloud: TpuCloud, args: argparse.Namespace) -> int:
     return exit_codes.DONE
 
 
-def _with_time(text: str) -> None:
+def _say(text: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S "), text, sep="", flush=True)
-
-
-def _plainly(text: str) -> None:
-    print(text, flush=True)
 
 
 Add = Callable[[argparse.ArgumentParser], None]
