@@ -49,6 +49,7 @@ first = os.environ["JAX_PROCESS_ID"] == "0"
 step = began = int((output / "step").read_text()) if (output / "step").exists() else 0
 stop = output / f"stop-{began}"
 signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+(output / f"ready-{os.environ['JAX_PROCESS_ID']}-{began}").touch()
 if first:
     with (output / "starts").open("a") as file:
         file.write(f"{began}\\n")
