@@ -25,12 +25,13 @@ from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.launch.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 10
+STEPS = 8
 CHANGES = {
     "training.steps": STEPS,
     "training.log_every": 1,
-    "training.eval_every": 5,
-    "training.save_every": 5,
+    "training.eval_every": None,
+    "data.eval": [],
+    "training.save_every": 4,
     "training.keep": 5,
     "mesh.fsdp": 2,
 }
@@ -69,14 +70,14 @@ def undisturbed(work: Path) -> Path:
         env=around(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return work / "runs/undisturbed"
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step}' in metrics.read_text()):
         assert all(process.poll() is None for process in processes), "ended early"
@@ -98,7 +99,7 @@ tasks = []
 def pass_on(number, frame):
     for task in tasks:
         task.send_signal(number)
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
     signal.signal(number, pass_on)
 for index in range(2):
     step = {{"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
@@ -170,16 +171,20 @@ def test_a_slurm_job_is_preempted_requeued_and_ends_with_the_same_bits(
     number = job_number()
 
     job = slurm.start(number, 0, "slurm.yaml", *given)
-    wait_for_step(run, 2, [job])
+    try:
+        wait_for_step(run, 2, [job])
+    except BaseException:
+        slurm.signal(signal.SIGQUIT)
+        raise
     slurm.signal(signal.SIGTERM)
-    output = job.communicate(timeout=300)[0]
+    output = job.communicate(timeout=900)[0]
     assert job.returncode == 42, output
     assert output.count("stopped, saved at step") == 1 and "Slurm, number 1" in output
     assert slurm.requeued.read_text() == f"requeue {number}\n"
     assert_stopped_between(run)
 
     job = slurm.start(number, 1, "slurm.yaml", *given)
-    output = job.communicate(timeout=600)[0]
+    output = job.communicate(timeout=900)[0]
     assert job.returncode == 0, output
     assert "going on from step" in output
     assert slurm.requeued.read_text() == f"requeue {number}\n"
@@ -250,7 +255,7 @@ class Cluster:
         ]
         try:
             meanwhile(pods)
-            output = "".join(one.communicate(timeout=600)[0] for one in pods)
+            output = "".join(one.communicate(timeout=900)[0] for one in pods)
         finally:
             for one in pods:
                 one.kill()
