@@ -106,10 +106,20 @@ start() {
     bash "$home/checkout/launch/tpu_worker.sh" run "$@"
 }
 
+# Whether training has ended in a way that another start would not mend: a table of
+# docs/reliability.md, where 130 is a death by a signal (SIGINT) that somebody wanted.
+has_ended() {
+  case "$(cat "$home/ended" 2>/dev/null)" in
+    "" | 42 | 43) return 1 ;;
+    130) return 0 ;;
+    129 | 13[1-9] | 1[4-8][0-9] | 19[0-2]) return 1 ;;
+    *) return 0 ;;
+  esac
+}
+
 boot() {
   local attempt
-  # 42, 43 and deaths by a signal go on; docs/reliability.md has the table.
-  if [[ -e "$home/stopped" ]] || grep -qsxE '0|1|2|44|130' "$home/ended"; then
+  if [[ -e "$home/stopped" ]] || has_ended; then
     echo "training has ended here for good; it is not started again"
     return
   fi

@@ -20,6 +20,7 @@ from local_cloud import LocalCloud
 from runs import log_lines, overrides, settings, write_model, write_texts
 
 from llamapro_jax.errors import UserError
+from llamapro_jax.exit_codes import worth_restarting
 from llamapro_jax.launch import tpu, tpu_job
 from llamapro_jax.launch.gcloud import Gcloud, GcloudError, Kind
 from llamapro_jax.launch.processes import free_port
@@ -188,15 +189,23 @@ def test_one_that_was_stopped_stays_stopped(
     assert cloud.state() == "ACTIVE"
     # As its start-up script would at the next boot.
     [host] = (cloud.directory / "hosts").iterdir()
-    environment = {**cloud.environment, "HOST_DIRECTORY": str(host)}
-    environment["PATH"] = f"{cloud.directory}/hosts-bin:{environment['PATH']}"
-    worker = host / "opt/checkout/launch/tpu_worker.sh"
-    booted = subprocess.run([worker, "boot", CONFIG], env=environment, capture_output=True)
-    assert b"is not started again" in booted.stdout
+
+    def boots(ended: int | None) -> bool:
+        environment = {**cloud.environment, "HOST_DIRECTORY": str(host)}
+        environment["PATH"] = f"{cloud.directory}/hosts-bin:{environment['PATH']}"
+        if ended is not None:
+            (host / "opt/ended").write_text(f"{ended}\n")
+        command = [host / "opt/checkout/launch/tpu_worker.sh", "--dry-run", "boot", CONFIG]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+        assert ("is not started again" in said) != (" start " in said)
+        return " start " in said
+
+    assert not boots(None)
     (host / "opt/stopped").unlink()
-    (host / "opt/ended").write_text("44\n")
-    booted = subprocess.run([worker, "boot", CONFIG], env=environment, capture_output=True)
-    assert b"is not started again" in booted.stdout
+    statuses = (0, 1, 2, 42, 43, 44, 45, 130, 134, 137, 143, 255)
+    assert [s for s in statuses if boots(s)] == [s for s in statuses if worth_restarting(s)]
+    (host / "opt/ended").unlink()
+    assert boots(None)
     assert (output / "starts").read_text() == "0\n"
 
 
@@ -437,7 +446,13 @@ def test_the_sdk_itself_takes_every_command(
     file.write_text(json.dumps([{"command_string": command} for command in commands]))
     result = subprocess.run(
         [sdk, "meta", "lint-gcloud-commands", f"--commands-file={file}"],
-        env={**os.environ, "CLOUDSDK_CONFIG": str(tmp_path)},
+        env={
+            **os.environ,
+            "CLOUDSDK_CONFIG": str(tmp_path),
+            "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false",
+            "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "true",
+            "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "true",
+        },
         capture_output=True,
         text=True,
         timeout=300,
