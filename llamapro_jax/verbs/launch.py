@@ -24,7 +24,9 @@ TOPOLOGY = "topology="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    places = parser.add_subparsers(dest="place", metavar="PLACE", required=True)
+    places = parser.add_subparsers(
+        dest="place", metavar="PLACE", required=True, help="gke or xpk; each has its --help"
+    )
     gke = places.add_parser("gke", help="a manifest for GKE with JobSet: TPUs, H100, H200, B200")
     _common(gke)
     gke.add_argument("--claim", metavar="NAME", help="PersistentVolumeClaim to mount at /data")
