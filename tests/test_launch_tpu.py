@@ -428,6 +428,7 @@ def test_the_archive_has_what_runs_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(tpu_job._CARRIED)
 
 
+@pytest.mark.slow
 def test_the_sdk_itself_takes_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
