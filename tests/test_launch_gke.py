@@ -276,6 +276,8 @@ def test_the_node_pools_are_what_gcloud_takes(tmp_path: Path) -> None:
         ([], {"name": "a" * 41}, "up to 40 small letters"),
         ([], {"max_restarts": -1}, "--max-restarts: -1 is below 0"),
         ([], {"grace": 5}, "--grace: 5 s is too short for a save; give 30"),
+        ([], {"claim": "my: files"}, "--claim: 'my: files' is no name: small letters"),
+        ([], {"service_account": "A"}, "--service-account: 'A' is no name"),
         (["training.step=3"], {}, "training.step"),
     ],
 )

@@ -19,6 +19,7 @@ DATA = "/data"
 CONFIG = "/etc/llamapro/run.yaml"
 _REMOTE = ("gs://", "s3://")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_OBJECT = re.compile(r"[a-z0-9]([-._a-z0-9]*[a-z0-9])?")
 # The name of a pod, NAME-train-SLICE-HOST-XXXXX, has 63 characters at most.
 _LONGEST_NAME = 40
 
@@ -66,6 +67,13 @@ class Job:
             raise UserError("--claim and --bucket: both would be mounted; give one of them.")
         if self.spot and self.reservation:
             raise UserError("--spot and --reservation: a reserved machine is no spot machine.")
+        for option in ("claim", "bucket", "namespace", "service_account", "reservation"):
+            value = getattr(self, option)
+            if value is not None and not _OBJECT.fullmatch(value):
+                raise UserError(
+                    f"--{option.replace('_', '-')}: {value!r} is no name: small letters, digits, "
+                    "hyphens, dots and underscores."
+                )
         _check_paths(self.config, self.claim or self.bucket)
 
     @property
