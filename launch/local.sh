@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this machine: environment, install, `llamapro train`. See usage below.
+# Trains on this machine: environment, install, the entry of every launcher. See usage below.
 set -euo pipefail
 
 usage() {
@@ -7,7 +7,8 @@ usage() {
 usage: launch/local.sh [--accelerator KIND] [--dry-run] CONFIG [key.path=value ...]
        launch/local.sh [--accelerator KIND] [--dry-run] --install-only
 
-Sets up an environment for this machine (once) and runs `llamapro train CONFIG ...` in it.
+Sets up an environment for this machine (once) and trains in it: the entry of every launcher,
+`python -m llamapro_jax.launch.entry CONFIG ...`.
 
   --accelerator KIND   cpu, cuda12, cuda13 or tpu; without it, what the NVIDIA driver can run,
                        or cpu when there is none
@@ -132,8 +133,9 @@ install
 if ((install_only)); then exit 0; fi
 # Named, so that jax stops when it cannot start the accelerator, and does not train on the CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-$platforms}"
+entry=("$venv/bin/python" -m llamapro_jax.launch.entry)
 if ((dry_run)); then
-  run env "JAX_PLATFORMS=$JAX_PLATFORMS" "$venv/bin/llamapro" train "$@"
+  run env "JAX_PLATFORMS=$JAX_PLATFORMS" "${entry[@]}" "$@"
 else
-  exec "$venv/bin/llamapro" train "$@"
+  exec "${entry[@]}" "$@"
 fi

@@ -25,6 +25,7 @@ VERBS = (
     "plan",
     "prepare",
     "train",
+    "launch",
     "evaluate",
     "report",
     "generate",

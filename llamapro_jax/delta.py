@@ -32,8 +32,9 @@ FORMAT = {"format": "llamapro_jax delta", "version": 1}
 def write_delta(source: str, destination: str | Path, shard_bytes: int = SHARD_BYTES) -> int:
     """Writes the blocks of the last generation, the plan, and the base's digest.
 
-    Returns the number of parameters written. Raises UserError when there are no new blocks, or
-    when more than they was trained: then the delta would not give the model back.
+    shard_bytes: the largest size of a file. Returns the number of parameters written. Raises
+    UserError when there are no new blocks, or when more than they was trained: then the delta
+    would not give the model back.
     """
     require_new_directory(Path(destination))
     model = open_source(source)
@@ -113,7 +114,11 @@ class Applied(Through):
 def apply_delta(
     base: str, delta: str | Path, destination: str | Path, to: Format | None = None
 ) -> Fingerprint:
-    """Puts the blocks of `delta` onto `base`. Raises UserError for another base than its own."""
+    """Puts the blocks of `delta` onto `base` and writes the whole. Returns its fingerprint.
+
+    base: the model that the delta was made on, in any format. to: "flax" or "hf"; by default the
+    format of the base. Raises UserError for another base than its own, and for a damaged delta.
+    """
     require_new_directory(Path(destination))
     delta = Path(delta)
     description = read_json(delta / DESCRIPTION)

@@ -6,6 +6,8 @@ signal; after any other status it would only meet the same end. `docs/reliabilit
 
 from __future__ import annotations
 
+import signal
+
 DONE = 0
 # A check failed, or an error that nobody foresaw, with its traceback.
 FAILED = 1
@@ -37,3 +39,14 @@ def status_of(error: BaseException) -> int:
         return REFUSED
     status = getattr(error, "status", getattr(error, "code", FAILED))
     return status if isinstance(status, int) else FAILED
+
+
+def worth_restarting(status: int) -> bool:
+    """Whether the same command, started again, would go on instead of meeting the same end.
+
+    status: as `subprocess` has it (-N for a death by signal N) or as a shell has it (128 + N).
+    SIGINT came from somebody who wanted the run to end.
+    """
+    number = -status if status < 0 else status - 128
+    killed = 0 < number < signal.NSIG and number != signal.SIGINT
+    return killed or status in (PREEMPTED, STALLED)

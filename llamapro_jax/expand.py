@@ -46,8 +46,15 @@ def expand(
     """Writes the grown model. Returns the identity proof (None when it was turned off).
 
     An expanded model or a run can be expanded again: its new blocks are folded into the base as
-    a generation of their own, and the blocks inserted now are the next one. `to` is the format
-    of the result; by default that of the source. Nothing is left behind when the proof fails.
+    a generation of their own, and the blocks inserted now are the next one.
+
+    source: a Flax checkpoint, a run, a Hugging Face directory or a hub id. destination: a new
+    directory. blocks and per_group: how many, spread as `expansion.spread` does; positions:
+    instead, the blocks that are each followed by a copy, counted from 0. to: "flax" or "hf"; by
+    default the format of the source. Memory is that of a few blocks.
+
+    Raises UserError for a destination that is there, positions or numbers that the model does not
+    have, and a proof that fails; nothing is left behind then.
     """
     require_new_directory(Path(destination))
     model = open_source(source, allow_bin=allow_bin)

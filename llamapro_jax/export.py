@@ -63,7 +63,11 @@ def export(
     """Writes safetensors, config, tokenizer and a model card; then reads them back and compares.
 
     Base tensors come from the converted checkpoint byte for byte, never from a cast copy, unless
-    `dtype` asks for a cast. Raises UserError when the reloaded model is not what was written.
+    `dtype` ("float32", "bfloat16" or "float16") asks for a cast. strength: a factor from 0 to 1 on
+    what the new blocks add. generation: the model as it was after that expansion. shard_bytes: the
+    largest size of a file. licence: for the model card.
+
+    Raises UserError when the reloaded model is not what was written; nothing is left then.
     """
     require_new_directory(Path(destination))
     if dtype is not None and dtype not in DTYPES:

@@ -22,6 +22,8 @@ _BLOCK = re.compile(r"(model\.layers\.)([0-9]{1,9})(\..*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class TensorPrint:
+    """Of one tensor in the layout of Hugging Face. sha256: of its bytes, in hexadecimal."""
+
     shape: tuple[int, ...]
     dtype: str
     sha256: str
@@ -72,7 +74,10 @@ class Fingerprint:
 
     @staticmethod
     def read(directory: Path) -> Fingerprint:
-        """Raises UserError when the file is malformed or its digest is not that of its rows."""
+        """What `fingerprint.json` of a model's directory says.
+
+        Raises UserError when the file is malformed or its digest is not that of its rows.
+        """
         path = directory / FILE
         values: Any = read_json(path)
         try:

@@ -309,10 +309,14 @@ def stream_answer(
     sampling: Sampling | None = None,
     new_blocks: bool = True,
 ) -> Iterator[str]:
-    """Pieces of the model's answer to `messages`, in its own chat template.
+    """Pieces of the model's answer to `messages`, in its own chat template, as they are made.
 
-    It ends where the template ends an answer too. Raises UserError as `chat_ids` and
-    `stream_tokens` do.
+    messages: mappings with `role` (system, user or assistant) and `content`; the last is a user's.
+    max_tokens: None means 128, or what fits. sampling: None is greedy. It ends where the template
+    ends an answer, at an end token of the model's, or after `max_tokens`.
+
+    Raises UserError for a model without a tokenizer or a chat template, for messages that the
+    template does not take, and for more tokens than the model has positions.
     """
     ids = chat_ids(model, messages)
     end = ChatTemplate.of_tokenizer(model.require_tokenizer()).end_id

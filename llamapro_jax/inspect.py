@@ -68,7 +68,11 @@ def refuse_options(path: str, options: Iterable[str]) -> None:
 
 
 def describe(path: str) -> dict[str, Any]:
-    """The model at `path`: its sizes, each block, and what was done to it. Plain JSON values."""
+    """The model at `path`: its sizes, each block, and what was done to it. Plain JSON values.
+
+    Sizes are parameters and bytes as stored. No weights are read, but to hash a run's model when
+    that is a Hugging Face directory. Raises UserError as `sources.open_source` does.
+    """
     source = open_source(path)
     config, plan = source.config, source.plan
     bytes_of_block = [

@@ -49,7 +49,12 @@ def area(radius: float) -> float:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was shown. `parameters_new` counts the last generation's blocks."""
+    """What was shown, as numbers; printed, it is a sentence.
+
+    tokens: of the text that both models read; random_tokens: there was no tokenizer for a text.
+    logits: compared, all equal in every bit. zero_tensors: output projections found to be zero.
+    parameters_new: of the last generation's blocks.
+    """
 
     tokens: int
     random_tokens: bool
@@ -167,7 +172,11 @@ def _compare(first: Source, second: Source, tokens_BT: np.ndarray) -> tuple[int,
 
 
 def prove_identity(base: Source, grown: Source) -> Proof:
-    """Raises UserError, naming what is not as it should be, unless `grown` is `base` to the bit."""
+    """Compares logits, zeros, copies and counts of the two models, a block at a time in float32.
+
+    grown: `base` with one more generation. Raises UserError, naming what is not as it should be,
+    unless every logit is the same in every bit.
+    """
     zeros = _check_new_blocks(grown)
     parameters = total_parameters(grown.config) - total_parameters(base.config)
     expected = grown.plan.num_new * block_parameters(grown.config)

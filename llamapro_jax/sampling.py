@@ -29,7 +29,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k None and top_p 1 leave nothing out.
+    """How tokens are drawn. temperature 0 is greedy; top_k None and top_p 1 leave nothing out.
 
     First the scores are divided by `temperature`, then all but the `top_k` best are dropped, then
     all but the fewest tokens whose probability together reaches `top_p`. The order is that of

@@ -186,7 +186,11 @@ def count_slices(devices: Sequence[Any]) -> int:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices (or over `devices`), in the order that suits their network."""
+    """The mesh over all devices (or over `devices`), in the order that suits their network.
+
+    Its axes are "data", "fsdp", "tensor" and "context". Raises UserError when their sizes do not
+    multiply to the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     slices = count_slices(devices)
     shape = mesh_shape(config, len(devices), slices)

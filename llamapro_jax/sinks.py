@@ -95,7 +95,9 @@ def copy(
 ) -> Fingerprint:
     """Streams every tensor of `source` into a new directory. Returns what was written.
 
-    `check` gets the finished directory before it takes its name; when it raises, nothing stays.
+    to: "flax" or "hf". lineage: what was done to the model, for its config.json. shard_bytes: the
+    largest size of a file of "hf". `check` gets the finished directory before it takes its name;
+    when it raises, nothing stays. progress: show a bar on a terminal.
     """
     with atomic_directory(destination) as directory:
         dtypes = sorted({source.dtype(t).name for t in tensors(source.config)})

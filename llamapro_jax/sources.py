@@ -281,8 +281,10 @@ def base_is_original(source: Source) -> bool:
 def open_source(path: str, *, allow_bin: bool = False, masters: bool = False) -> Source:
     """Opens a Flax checkpoint, a run directory, a Hugging Face directory or a hub id.
 
-    masters: of a run, give what was trained in float32 as it was trained, rather than in the
-    dtype of the base.
+    allow_bin: read pickled `.bin` files, as weights only; needs PyTorch. masters: of a run, give
+    what was trained in float32 as it was trained, rather than in the dtype of the base.
+
+    Raises UserError for what is no model, is not supported, or lacks a tensor.
     """
     directory = as_path(path)
     if (directory / flax_checkpoint.DESCRIPTION).is_file():

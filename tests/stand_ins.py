@@ -1,13 +1,13 @@
 """A machine of stand-ins: commands that write down how they were called, and do little else.
 
-    from stand_ins import Machine, fixtures
+from stand_ins import Machine, fixtures
 
-    machine, checkout = fixtures()
+machine, checkout = fixtures()
 
 
-    def test_something(machine: Machine, checkout: Path) -> None:
-        machine.run("make", "test", cwd=checkout)
-        assert machine.record() == [...]
+def test_something(machine: Machine, checkout: Path) -> None:
+    machine.run("make", "test", cwd=checkout)
+    assert machine.record() == [...]
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A Python that makes "environments" whose commands write down how they were called. While the files
-# exist, FAIL lets pip fail where its arguments have the file's words, FAIL_TESTS pytest, and SLEEP
-# keeps llamapro alive.
+# exist, FAIL lets pip fail where its arguments have the file's words, and FAIL_TESTS pytest.
 FAKE_PYTHON = """\
 #!/usr/bin/env bash
 echo "python $*" >>"$RECORD"
@@ -37,6 +36,8 @@ if [[ "$1 $2" == "-m venv" ]]; then
   cp "$(dirname "$0")/fake-llamapro" "$3/bin/ruff"
 elif [[ "$*" == *"pip"*"install"* && -e "$FAKES/FAIL" && "$*" == *"$(<"$FAKES/FAIL")"* ]]; then
   exit 1
+elif [[ "$1 $2" == "-m llamapro_jax.launch.entry" ]]; then
+  exec "$(dirname "$0")/llamapro" "${@:2}"
 elif [[ "$*" == "-m pytest"* ]]; then
   if [[ -e "$FAKES/FAIL_TESTS" ]]; then echo "==== 1 failed, 2 passed in 3.00s ===="; exit 1; fi
   echo "==== 3 passed in 3.00s ===="
@@ -45,30 +46,6 @@ fi
 FAKE_LLAMAPRO = """\
 #!/usr/bin/env bash
 echo "$(basename "$0") $* (JAX_PLATFORMS=${JAX_PLATFORMS:-})" >>"$RECORD"
-echo "training"
-while [[ -e "$FAKES/SLEEP" ]]; do sleep 0.1; done
-"""
-# Answers `describe` from $ADDRESSES, runs what comes by ssh in the home of each worker that it is
-# for, and copies by scp. The home of worker 0 is $REMOTE_HOME, that of another $REMOTE_HOME-NUMBER.
-FAKE_GCLOUD = """\
-#!/usr/bin/env bash
-printf '%s\\n' "gcloud $*" >>"$RECORD"
-if [[ "$4" == describe ]]; then echo "$ADDRESSES"; exit; fi
-IFS=';' read -ra addresses <<<"$ADDRESSES"
-workers="${!addresses[*]}"
-for argument in "$@"; do
-  if [[ "$argument" == --worker=[0-9]* ]]; then workers="${argument#--worker=}"; fi
-done
-status=0
-for worker in $workers; do
-  home="$REMOTE_HOME"
-  if ((worker > 0)); then home="$REMOTE_HOME-$worker"; mkdir -p "$home"; fi
-  case "$4" in
-    scp) cp "$5" "$home/${6#*:}" ;;
-    ssh) (cd "$home" && HOME="$home" bash -c "${7#--command=}") || status=$? ;;
-  esac
-done
-exit $status
 """
 # An interpreter of a version that is too old, as far as -c can tell.
 OLD_PYTHON = "#!/usr/bin/env bash\nexit 1\n"
@@ -80,10 +57,8 @@ class Machine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.record_file = directory / "record"
-        self.remote_home = directory / "remote"
         self.fakes = directory / "fakes"
         self.fakes.mkdir()
-        self.remote_home.mkdir()
         self.put("python3", FAKE_PYTHON.replace("{python}", sys.executable))
         self.put("fake-llamapro", FAKE_LLAMAPRO)
         self.environment = {
@@ -91,8 +66,6 @@ class Machine:
             "HOME": str(directory),
             "RECORD": str(self.record_file),
             "FAKES": str(self.fakes),
-            "REMOTE_HOME": str(self.remote_home),
-            "ADDRESSES": "10.0.0.2",
         }
 
     def put(self, name: str, text: str) -> None:
@@ -127,10 +100,9 @@ def fixtures() -> tuple[Any, Any]:
 
     @pytest.fixture
     def machine(tmp_path: Path) -> Machine:
-        """Without an accelerator, and with a cloud of one worker."""
+        """Without an accelerator."""
         machine = Machine(tmp_path)
         machine.put("nvidia-smi", "#!/usr/bin/env bash\nexit 9\n")
-        machine.put("gcloud", FAKE_GCLOUD)
         return machine
 
     @pytest.fixture

@@ -53,7 +53,7 @@ def test_lines(script: ModuleType) -> None:
         "llama2_7b_pro v5p-8": result(
             fits=False, peak_bytes_per_device=20 * 2**30, advice="topology=v5p-16"
         ),
-        "llama2_7b_pro v6e-8": {"error": "error: data.batch_size: 4 rows do not divide"},
+        "llama2_7b_pro v6e-8": {"error": "error: data.batch_size: 4 rows do not divide. Take 8."},
     }
     text = script.render(results)
     assert "8.36 B parameters, 1.62 B train; 38.28 GF useful a token." in text

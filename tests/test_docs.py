@@ -1,11 +1,13 @@
-"""What the documents tell people to type works, and what they link to is there."""
+"""What the documents tell people to type works."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,11 +78,20 @@ def test_every_make_target_exists(where: str, command: str) -> None:
     assert command.split()[1] in targets
 
 
+@pytest.mark.parametrize("where,command", typed("python "))
+def test_every_script_and_module_that_python_is_given_exists(where: str, command: str) -> None:
+    words = shlex.split(command)[1:]
+    if words[0] == "-m":
+        assert words[1] in ("pytest", "pip") or importlib.util.find_spec(words[1]), (where, command)
+    elif not words[0].startswith("-"):
+        assert (ROOT / words[0]).is_file(), (where, command)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_leads_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
-        if not target.startswith(("http://", "https://", "mailto:")):
-            assert (document.parent / target).exists(), target
+def test_every_extra_that_is_installed_is_declared(document: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extras in re.findall(r"(?:llamapro_jax|\.)\[([a-z0-9,]+)\]", document.read_text()):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"]), extras
 
 
 def recipe() -> list[str]:

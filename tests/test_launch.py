@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,8 +13,10 @@ from pathlib import Path
 import pytest
 from stand_ins import OLD_PYTHON, ROOT, Machine, fixtures
 
-LAUNCHERS = ["launch/local.sh", "launch/slurm_gpu.sh", "launch/tpu_vm.sh"]
-SCRIPTS = [*LAUNCHERS, ".ci/run"]
+from llamapro_jax.exit_codes import worth_restarting
+
+LAUNCHERS = ["launch/local.sh", "launch/slurm.sbatch"]
+SCRIPTS = [*LAUNCHERS, "launch/tpu.sh", "launch/tpu_worker.sh", ".ci/run"]
 
 machine, checkout = fixtures()
 
@@ -68,7 +69,7 @@ def test_local_takes_what_the_driver_runs(
     [install] = machine.installs()
     assert install.endswith(f"--editable {checkout}{extra}")
     assert machine.record()[-1] == (
-        f"llamapro train configs/tiny.yaml steps=3 (JAX_PLATFORMS={platforms})"
+        f"llamapro llamapro_jax.launch.entry configs/tiny.yaml steps=3 (JAX_PLATFORMS={platforms})"
     )
 
 
@@ -90,7 +91,7 @@ def test_local_accelerators_do_not_share_an_environment(machine: Machine, checko
         assert machine.run("launch/local.sh", *arguments, cwd=checkout).returncode == 0
         assert (checkout / f".venv-{accelerator}" / f".stamp-{accelerator}").exists()
     assert not (checkout / ".venv").exists()
-    assert not any("llamapro train" in line for line in machine.record())
+    assert not any("launch.entry" in line for line in machine.record())
 
 
 def test_local_failed_install_trains_nothing_and_is_done_again(
@@ -98,7 +99,7 @@ def test_local_failed_install_trains_nothing_and_is_done_again(
 ) -> None:
     (machine.fakes / "FAIL").touch()
     assert machine.run("launch/local.sh", "configs/tiny.yaml", cwd=checkout).returncode != 0
-    assert not any("llamapro train" in line for line in machine.record())
+    assert not any("launch.entry" in line for line in machine.record())
     (machine.fakes / "FAIL").unlink()
     assert machine.run("launch/local.sh", "configs/tiny.yaml", cwd=checkout).returncode == 0
     assert len(machine.installs()) == 2
@@ -109,7 +110,7 @@ def test_local_dry_run_changes_nothing(machine: Machine, checkout: Path) -> None
     result = machine.run("launch/local.sh", "--dry-run", "configs/tiny.yaml", cwd=checkout)
     assert result.returncode == 0, result.stderr
     assert f"--editable {checkout}\\[cuda13\\]" in result.stdout
-    assert "train configs/tiny.yaml" in result.stdout
+    assert "launch.entry configs/tiny.yaml" in result.stdout
     assert machine.installs() == []
     assert not list(checkout.glob(".venv*"))
 
@@ -141,169 +142,7 @@ def test_local_names_the_old_python(machine: Machine, checkout: Path) -> None:
     assert "python3.9 is missing, older than Python 3.11" in result.stderr
 
 
-# --- tpu_vm.sh ----------------------------------------------------------------------------------
-
-PLACE = ["--name", "my-tpu", "--zone", "us-west4-a"]
-
-
-def gcloud_calls(machine: Machine) -> list[str]:
-    return [line for line in machine.record() if line.startswith("gcloud")]
-
-
-def wait_for(condition, what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
-def test_tpu_vm_dry_run_prints_every_command_and_calls_none(
-    machine: Machine, checkout: Path
-) -> None:
-    result = machine.run(
-        "launch/tpu_vm.sh", *PLACE, "--project", "p", "--config", "configs/tiny.yaml", "--dry-run",
-        "optimizer.learning_rate=1e-4", cwd=checkout,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert machine.record() == []
-    verbs = re.findall(r"^gcloud compute tpus tpu-vm (\w+) ", result.stdout, flags=re.MULTILINE)
-    assert verbs == ["describe", "ssh", "scp", "ssh", "ssh"]
-    for line in result.stdout.splitlines():
-        if line.startswith("gcloud"):
-            assert "--zone=us-west4-a --project=p" in line
-            assert "--worker=all" in line or " describe " in line
-    logs = machine.run("launch/tpu_vm.sh", "logs", *PLACE, "--dry-run", cwd=checkout)
-    assert "--worker=0" in logs.stdout
-    assert "optimizer.learning_rate=1e-4" in result.stdout
-
-
-def test_tpu_vm_trains_detached_shows_its_log_and_stops(machine: Machine, checkout: Path) -> None:
-    (machine.fakes / "SLEEP").touch()
-    (checkout / "llamapro_jax" / "here.py").touch()
-    stale = machine.remote_home / "llamapro_jax" / "llamapro_jax" / "removed.py"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    start = ["launch/tpu_vm.sh", *PLACE, "--config", "configs/tiny.yaml", "run.name='a b'"]
-    result = machine.run(*start, cwd=checkout)
-    assert result.returncode == 0, result.stderr
-    remote = machine.remote_home / "llamapro_jax"
-    process = int((remote / "train.pid").read_text())
-    try:
-        wait_for((remote / "train.log").read_text, "no output")
-        assert (remote / "llamapro_jax" / "here.py").exists()
-        assert not stale.exists()
-        assert machine.installs()[0].endswith(f"--editable {remote}[tpu]")
-        # The override arrives as one argument, its quotes and space kept.
-        expected = "llamapro train configs/tiny.yaml run.name='a b' (JAX_PLATFORMS=tpu,cpu)"
-        assert expected in machine.record()
-        # Its own session: what ends the connection does not reach it.
-        assert os.getsid(process) == process
-
-        second = machine.run(*start, cwd=checkout)
-        assert second.returncode == 1
-        assert f"a training run is under way here (process {process})" in second.stderr
-        assert len([call for call in gcloud_calls(machine) if " scp " in call]) == 1
-
-        logs = machine.run("launch/tpu_vm.sh", "logs", *PLACE, cwd=checkout)
-        assert logs.stdout == "training\n"
-        stop = machine.run("launch/tpu_vm.sh", "stop", *PLACE, cwd=checkout)
-        assert stop.stdout == f"stopping process {process}\n"
-        wait_for(lambda: not running(process), "the run did not end")
-        again = machine.run("launch/tpu_vm.sh", "stop", *PLACE, cwd=checkout)
-        assert again.stdout == "no training run is under way\n"
-    finally:
-        (machine.fakes / "SLEEP").unlink()
-        if running(process):
-            os.kill(process, signal.SIGKILL)
-
-
-def test_tpu_vm_install_trains_nothing(machine: Machine, checkout: Path) -> None:
-    result = machine.run("launch/tpu_vm.sh", "install", *PLACE, cwd=checkout)
-    assert result.returncode == 0, result.stderr
-    remote = machine.remote_home / "llamapro_jax"
-    assert (remote / "configs" / "tiny.yaml").exists()
-    assert machine.installs()[0].endswith(f"--editable {remote}[tpu]")
-    assert not (remote / "train.pid").exists()
-
-
-def running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        status = Path(f"/proc/{process}/stat")
-        # A process nobody waited for is a zombie: ended.
-        return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-
-
-def test_tpu_vm_refuses_one_without_workers(machine: Machine, checkout: Path) -> None:
-    arguments = [*PLACE, "--config", "configs/tiny.yaml"]
-    result = machine.run("launch/tpu_vm.sh", *arguments, cwd=checkout, ADDRESSES="")
-    assert result.returncode == 2
-    assert "has no worker yet" in result.stderr
-    assert [call.split()[4] for call in gcloud_calls(machine)] == ["describe"]
-
-
-def test_tpu_vm_trains_on_every_worker_of_a_slice(machine: Machine, checkout: Path) -> None:
-    (machine.fakes / "SLEEP").touch()
-    two = {"ADDRESSES": "10.0.0.2;10.0.0.3"}
-    start = ["launch/tpu_vm.sh", *PLACE, "--config", "configs/tiny.yaml"]
-    homes = [machine.remote_home, machine.remote_home.with_name("remote-1")]
-    processes: list[int] = []
-    try:
-        result = machine.run(*start, cwd=checkout, **two)
-        assert result.returncode == 0, result.stderr
-        assert "several workers (10.0.0.2;10.0.0.3): model, data and output" in result.stdout
-        processes += [int((home / "llamapro_jax/train.pid").read_text()) for home in homes]
-        assert len(set(processes)) == 2 and all(map(running, processes))
-        for home in homes:
-            wait_for((home / "llamapro_jax/train.log").read_text, "no output")
-        assert [line.split("--editable ")[1] for line in machine.installs()] == [
-            f"{home}/llamapro_jax[tpu]" for home in homes
-        ]
-        one = machine.run("launch/tpu_vm.sh", "logs", *PLACE, "--worker", "1", cwd=checkout, **two)
-        assert one.stdout == "training\n"
-        second = machine.run(*start, cwd=checkout, **two)
-        assert second.returncode == 1 and "a training run is under way" in second.stderr
-        stop = machine.run("launch/tpu_vm.sh", "stop", *PLACE, cwd=checkout, **two)
-        assert stop.stdout == "".join(f"stopping process {process}\n" for process in processes)
-        wait_for(lambda: not any(map(running, processes)), "the run did not end")
-    finally:
-        (machine.fakes / "SLEEP").unlink()
-        for process in filter(running, processes):
-            os.kill(process, signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--zone", "z", "--config", "configs/tiny.yaml"], "--name is missing"),
-        (["--name", "n", "--config", "configs/tiny.yaml"], "--zone is missing"),
-        (PLACE, "--config is missing"),
-        ([*PLACE, "--config", "configs/absent.yaml"], "configs/absent.yaml: no such file"),
-        ([*PLACE, "--config", "../outside.yaml"], "is outside"),
-        ([*PLACE, "--workers", "0"], "unknown option --workers"),
-        (["stop", *PLACE, "--worker", "0"], "--worker belongs to logs"),
-        ([*PLACE, "--config"], "--config needs a value"),
-        ([*PLACE, "--follow", "--config", "configs/tiny.yaml"], "--follow belongs to logs"),
-        (["stop", *PLACE, "--config", "configs/tiny.yaml"], "--config belongs to train"),
-        (["logs", *PLACE, "a=b"], "logs takes no a=b"),
-        (["lgos", *PLACE], "lgos: is neither train, install, logs or stop"),
-        ([*PLACE, "--config", "configs/tiny.yaml", "a=b", "--dry-run"], "options come first"),
-        (["install", *PLACE, "--config", "configs/tiny.yaml"], "--config belongs to train"),
-    ],
-)
-def test_tpu_vm_refuses(
-    machine: Machine, checkout: Path, arguments: list[str], message: str
-) -> None:
-    (checkout.parent / "outside.yaml").touch()
-    result = machine.run("launch/tpu_vm.sh", *arguments, cwd=checkout)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert machine.record() == []
-
-
-# --- slurm_gpu.sh -------------------------------------------------------------------------------
+# --- slurm.sbatch -------------------------------------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "77"}
 
@@ -320,26 +159,39 @@ def cluster(machine: Machine, checkout: Path) -> Path:
     return checkout
 
 
-@pytest.mark.parametrize(
-    ("status", "requeued"), [(0, False), (2, False), (42, True), (43, True), (44, False)]
-)
+@pytest.mark.parametrize("status", [0, 1, 2, 42, 43, 44, 45, 127, 128, 130, 134, 137, 143, 193])
 def test_slurm_trains_and_goes_back_into_the_queue_when_it_was_stopped(
-    machine: Machine, cluster: Path, status: int, requeued: bool
+    machine: Machine, cluster: Path, status: int
 ) -> None:
     # As Slurm does, run a copy.
-    copy = shutil.copy(cluster / "launch/slurm_gpu.sh", machine.directory / "slurm_script")
+    copy = shutil.copy(cluster / "launch/slurm.sbatch", machine.directory / "slurm_script")
     result = machine.run(
         copy, "configs/tiny.yaml", "output=a b", cwd=cluster, STATUS=str(status),
         SLURM_SUBMIT_DIR=str(cluster), **SLURM,
     )  # fmt: skip
     assert result.returncode == status, result.stderr
-    program = cluster / ".venv-cuda12/bin/llamapro"
-    assert f"srun {program} train configs/tiny.yaml output=a b" in machine.record()
-    assert ("scontrol requeue 77" in machine.record()) == requeued
+    program = cluster / ".venv-cuda12/bin/python"
+    started = f"srun {program} -m llamapro_jax.launch.entry configs/tiny.yaml output=a b"
+    assert started in machine.record()
+    assert ("scontrol requeue 77" in machine.record()) == worth_restarting(status)
+
+
+def test_slurm_requeues_a_failing_job_so_many_times_and_a_stopped_one_always(
+    machine: Machine, cluster: Path
+) -> None:
+    script = "launch/slurm.sbatch"
+    for status, requeued in ((43, False), (137, False), (42, True)):
+        result = machine.run(
+            script, "configs/tiny.yaml", cwd=cluster, STATUS=str(status), MAX_REQUEUES="3",
+            SLURM_RESTART_COUNT="3", **SLURM,
+        )  # fmt: skip
+        assert result.returncode == status
+        assert ("after 3 requeues; not requeued" in result.stderr) != requeued
+        assert ("scontrol requeue 77" in machine.record()) == requeued
 
 
 def test_slurm_asks_for_gpus_by_node_and_for_a_signal() -> None:
-    head = (ROOT / "launch/slurm_gpu.sh").read_text().partition("set -euo")[0]
+    head = (ROOT / "launch/slurm.sbatch").read_text().partition("set -euo")[0]
     for option in ("gres=gpu:8", "ntasks-per-node=8", "signal=TERM@300", "requeue"):
         assert f"#SBATCH --{option}\n" in head
     assert "gpus-per-task" not in head
@@ -347,8 +199,10 @@ def test_slurm_asks_for_gpus_by_node_and_for_a_signal() -> None:
 
 def test_slurm_dry_run_runs_nothing(machine: Machine, cluster: Path) -> None:
     before = machine.record()
-    result = machine.run("launch/slurm_gpu.sh", "--dry-run", "configs/tiny.yaml", cwd=cluster)
-    assert result.stdout.strip().endswith("bin/llamapro train configs/tiny.yaml")
+    result = machine.run("launch/slurm.sbatch", "--dry-run", "configs/tiny.yaml", cwd=cluster)
+    assert result.stdout.strip().endswith(
+        "bin/python -m llamapro_jax.launch.entry configs/tiny.yaml"
+    )
     assert machine.record() == before
 
 
@@ -359,8 +213,9 @@ def test_slurm_dry_run_runs_nothing(machine: Machine, cluster: Path) -> None:
         (["configs/absent.yaml"], SLURM, "configs/absent.yaml: no such configuration file"),
         (["--nodes=2", "configs/tiny.yaml"], SLURM, "unknown option --nodes=2"),
         (["configs/tiny.yaml"], {}, "this is no Slurm job; submit it: sbatch"),
-        (["configs/tiny.yaml"], {**SLURM, "VENV": "none"}, "none/bin/llamapro: no such program"),
+        (["configs/tiny.yaml"], {**SLURM, "VENV": "none"}, "none/bin/python: no such program"),
         (["configs/tiny.yaml"], {**SLURM, "SLURM_SUBMIT_DIR": "/"}, "/ is no checkout"),
+        (["configs/tiny.yaml"], {**SLURM, "MAX_REQUEUES": "no"}, "'no' is not a whole number"),
     ],
 )
 def test_slurm_refuses(
@@ -370,7 +225,7 @@ def test_slurm_refuses(
     environment: dict[str, str],
     message: str,
 ) -> None:
-    result = machine.run("launch/slurm_gpu.sh", *arguments, cwd=cluster, **environment)
+    result = machine.run("launch/slurm.sbatch", *arguments, cwd=cluster, **environment)
     assert result.returncode == 2
     assert message in result.stderr
     assert not any(line.startswith("srun") for line in machine.record())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,14 +78,19 @@ def test_several_cpu_devices_are_a_group_of_one() -> None:
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """The metadata server of a TPU VM."""
+    """The metadata server of a TPU VM, which at first is out of order so many times."""
 
     values: dict[str, str] = {}
+    failures = 0
 
     def do_GET(self) -> None:
         value = self.values.get(self.path.rsplit("/", 1)[1])
         known = value is not None and self.headers["Metadata-Flavor"] == "Google"
-        self.send_response(200 if known else 404)
+        if Metadata.failures > 0:
+            Metadata.failures -= 1
+            self.send_response(503)
+        else:
+            self.send_response(200 if known else 404)
         self.end_headers()
         self.wfile.write((value or "").encode())
 
@@ -95,6 +101,8 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def tpu_vm(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    monkeypatch.setattr(processes, "_METADATA_PAUSES", (0, 0))
+    monkeypatch.setattr(Metadata, "failures", 0)
     server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
@@ -103,11 +111,13 @@ def tpu_vm(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("endpoints", "tpu_env", "several"),
+    ("endpoints", "tpu_env", "reason"),
     [
-        ("unknown:unknown:10.0.0.2", "", False),
-        ("a:0:10.0.0.2,b:1:10.0.0.3", "", True),
-        ("10.0.0.2", "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n", True),
+        ("unknown:unknown:10.0.0.2", "", None),
+        ("a:0:10.0.0.2,b:1:10.0.0.3", "", "TPU VM, a TPU slice of 2 hosts"),
+        ("10.0.0.2", "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n", "TPU VM, 2 TPU slices of 1 host"),
+        ("10.0.0.2,10.0.0.3", "MEGASCALE_NUM_SLICES: '4'", "TPU VM, 4 TPU slices of 2 hosts"),
+        ("10.0.0.2", "MEGASCALE_NUM_SLICES: '1'\n", None),
     ],
 )
 def test_a_tpu_vm_knows_its_slice(
@@ -115,20 +125,80 @@ def test_a_tpu_vm_knows_its_slice(
     monkeypatch: pytest.MonkeyPatch,
     endpoints: str,
     tpu_env: str,
-    several: bool,
+    reason: str | None,
 ) -> None:
     values = {"worker-network-endpoints": endpoints, "tpu-env": tpu_env}
     monkeypatch.setattr(Metadata, "values", values)
-    assert (reason_to_join(tpu_vm) is not None) == several
+    assert reason_to_join(tpu_vm) == (None if reason is None else Join(reason))
     assert reason_to_join({**tpu_vm, "JAX_PLATFORMS": "cpu"}) is None
     assert reason_to_join({**tpu_vm, "TPU_SKIP_MDS_QUERY": "1"}) is None
 
 
+def test_a_metadata_server_that_fails_is_asked_again(
+    tpu_vm: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Metadata, "values", {"worker-network-endpoints": "10.0.0.2,10.0.0.3"})
+    monkeypatch.setattr(Metadata, "failures", 2)
+    assert reason_to_join(tpu_vm) == Join("TPU VM, a TPU slice of 2 hosts")
+    monkeypatch.setattr(Metadata, "failures", 9)
+    with pytest.raises(UserError, match="does not answer: HTTP Error 503.*TPU_SKIP_MDS_QUERY=1"):
+        reason_to_join(tpu_vm)
+
+
+def test_a_tpu_outside_of_googles_cloud_is_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    assert reason_to_join({"GCE_METADATA_IP": "metadata.invalid"}) is None
+
+
+GKE = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+SLICES = {
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "job-0-0.job",
+}
+
+
 def test_gke_names_the_workers(tpu_vm: dict[str, str]) -> None:
-    assert reason_to_join({**tpu_vm, "TPU_WORKER_HOSTNAMES": "a,b"}) is not None
-    assert reason_to_join({**tpu_vm, "TPU_WORKER_HOSTNAMES": "localhost"}) is None
-    slices = {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}
-    assert reason_to_join({**tpu_vm, **slices}) is not None
+    def join(found: dict[str, str]) -> Join | None:
+        return reason_to_join({**tpu_vm, **found})
+
+    assert join(GKE) == Join("GKE, a TPU slice of 2 hosts")
+    assert join({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert join({**GKE, **SLICES}) == Join("GKE, 2 TPU slices of 2 hosts")
+    one = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    assert join({**one, **SLICES}) == Join("GKE, 2 TPU slices of 1 host")
+    # Where it has both, the addresses with ports are those of a later version.
+    assert join({**one, "TPU_PROCESS_ADDRESSES": "a:1,b:1"}) == Join("GKE, a TPU slice of 2 hosts")
+
+
+@pytest.mark.parametrize(
+    ("found", "missing"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID"),
+        (
+            {**GKE, "MEGASCALE_NUM_SLICES": "2"},
+            "MEGASCALE_SLICE_ID and MEGASCALE_COORDINATOR_ADDRESS",
+        ),
+    ],
+)
+def test_what_gke_left_out_is_named(
+    tpu_vm: dict[str, str], found: dict[str, str], missing: str
+) -> None:
+    with pytest.raises(UserError, match=f"but {missing} is not set"):
+        reason_to_join({**tpu_vm, **found})
+
+
+def test_the_pods_of_a_gpu_jobset_have_explicit_settings() -> None:
+    """As a JobSet's manifest sets them from the index of the pod; Kubernetes sets the rest."""
+    pod = {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "JOB_COMPLETION_INDEX": "1",
+        "JAX_COORDINATOR_ADDRESS": "run-workers-0-0.run:8476",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }
+    expected = Join("explicit settings", "run-workers-0-0.run:8476", 2, 1)
+    assert reason_to_join(pod) == expected
 
 
 # ------------------------------------------------------------------- speaking
@@ -140,9 +210,7 @@ def two(script: str, tmp_path: Path) -> list[tuple[int, str, str]]:
         "import sys, time\n"
         "from llamapro_jax.launch import processes\n"
         "from llamapro_jax.errors import UserError\n"
-        "def body(first):\n"
-        + "".join(f"    {line}\n" for line in script.splitlines())
-        + "try:\n"
+        "def body(first):\n" + "".join(f"    {line}\n" for line in script.splitlines()) + "try:\n"
         "    with processes.joined():\n"
         "        body(processes.is_first())\n"
         "except UserError as error:\n"
@@ -253,6 +321,17 @@ def test_the_launcher_has_help_and_refuses(capsys: pytest.CaptureFixture[str]) -
         assert message in capsys.readouterr().err
 
 
+def test_the_launcher_shows_what_it_would_start(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dry-run", "--processes", "2", "--devices", "4", "--", "train", "a.yaml", "b=1"]
+    assert local.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for index, line in enumerate(lines):
+        words = shlex.split(line)
+        assert words[-4:] == ["-m", "llamapro_jax.launch.entry", "a.yaml", "b=1"]
+        assert f"JAX_PROCESS_ID={index}" in words and "JAX_NUM_PROCESSES=2" in words
+    assert len(lines) == 2
+
+
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the launcher starts in place of Python: a script that is to be written."""
@@ -271,7 +350,7 @@ def test_the_launcher_shows_who_failed(program: Path, capfd: pytest.CaptureFixtu
     )
     assert local.main(["--", "train", "a.yaml"]) == 7
     out, errors = capfd.readouterr()
-    assert out == "speaks 0: -m llamapro_jax.cli train a.yaml\n"
+    assert out == "speaks 0: -m llamapro_jax.launch.entry a.yaml\n"
     assert errors == "[1] speaks 1: -m llamapro_jax.cli train a.yaml\n[1] lost\n"
 
 
@@ -297,9 +376,7 @@ def test_the_launcher_ends_what_does_not_end(
 ) -> None:
     monkeypatch.setattr(local, "_GRACE", 0.2)
     program.write_text(
-        "#!/usr/bin/env bash\n"
-        "if ((JAX_PROCESS_ID == 0)); then kill -KILL $$; fi\n"
-        "exec sleep 600\n"
+        "#!/usr/bin/env bash\nif ((JAX_PROCESS_ID == 0)); then kill -KILL $$; fi\nexec sleep 600\n"
     )
     began = time.monotonic()
     assert local.main(["--", "train"]) == 128 + signal.SIGKILL

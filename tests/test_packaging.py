@@ -200,7 +200,8 @@ def repository_files() -> list[Path]:
 
 
 def test_no_path_of_somebodys_machine() -> None:
-    pattern = re.compile(rb"(?<![\w.~])/(?:home|Users|root|work)/\w+")
+    # GKE's nodes have their drivers under /home/kubernetes.
+    pattern = re.compile(rb"(?<![\w.~])/(?:home|Users|root|work)/(?!kubernetes/)\w+")
     found = {}
     for path in repository_files():
         match = path.is_file() and pattern.search(path.read_bytes())

@@ -1,5 +1,6 @@
 """A pod in small: several processes on this machine's CPU, which are one run.
 
+Each starts the entry that all launchers start, with the settings that say who the others are.
 Process 0 has the terminal. What another one printed is shown, behind its number, when it failed
 in another way. Ctrl-C and SIGTERM are passed on to all; the exit status is that of the process
 that failed first.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from llamapro_jax.exit_codes import (
     TAKEN_OVER,
     TERMINATED,
 )
+from llamapro_jax.launch import ENTRY
 from llamapro_jax.launch.processes import ADDRESS, COUNT, INDEX, free_port
 
 EXAMPLE = """\
@@ -66,7 +69,7 @@ def environment(
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llamapro_jax.launch.local",
-        usage="%(prog)s [--help] [--processes N] [--devices N] -- train CONFIG ...",
+        usage="%(prog)s [--help] [--dry-run] [--processes N] [--devices N] -- train CONFIG ...",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--devices", metavar="N", type=_positive, default=1, help="of each process; default: 1"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="-- train ...", help="as after `llamapro`"
     )
@@ -100,7 +104,7 @@ class _Group:
             self.outputs.append(output)
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "llamapro_jax.cli", *command],
+                    [sys.executable, "-m", ENTRY, *command],
                     env=environment(index, processes, devices, port),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -162,7 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("what is to run? For example: -- train configs/tiny.yaml")
     if command[0] != "train":
         parser.error(f"{command[0]}: `train` alone runs on several processes")
-    with _Group(command, parsed.processes, parsed.devices) as group:
+    if parsed.dry_run:
+        port = free_port()
+        for index in range(parsed.processes):
+            settings = environment(index, parsed.processes, parsed.devices, port, {})
+            given = [f"{name}={value}" for name, value in settings.items()]
+            print(shlex.join([*given, sys.executable, "-m", ENTRY, *command[1:]]))
+        return 0
+    with _Group(command[1:], parsed.processes, parsed.devices) as group:
         status = group.wait()
         group.show()
     return status if status >= 0 else 128 - status

@@ -46,6 +46,8 @@ _PATIENCE = 60
 _COURTESY = 5
 # How long a file takes at most to be seen by the other hosts of a network file system.
 SEEN_WITHIN = 60
+# Between two questions to a metadata server that does not answer.
+_METADATA_PAUSES = (1, 2, 4, 8)
 
 _FAILED = "llamapro/failed"
 _names = itertools.count()
@@ -121,15 +123,33 @@ def _tpu(environment: Mapping[str, str]) -> Join | None:
     platforms = environment.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms.split(",")) or not _has_tpu():
         return None
-    slices = environment.get("MEGASCALE_NUM_SLICES", "1")
     # The first two names are GKE's; a TPU VM knows its slice from the metadata server.
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if workers is None and "TPU_SKIP_MDS_QUERY" not in environment:
+    slices = environment.get("MEGASCALE_NUM_SLICES")
+    if workers is not None:
+        where, needed = "GKE", ["TPU_WORKER_ID"]
+    elif "TPU_SKIP_MDS_QUERY" not in environment:
+        where, needed = "TPU VM", []
         workers = _metadata(environment, "worker-network-endpoints")
-        if "MEGASCALE_NUM_SLICES:" in _metadata(environment, "tpu-env"):
-            slices = "several"
-    several = "," in (workers or "") or slices != "1"
-    return Join("a TPU slice of several hosts") if several else None
+        told = re.search(
+            r"^MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata(environment, "tpu-env"), re.MULTILINE
+        )
+        slices = slices or (told[1] if told else None)
+    else:
+        where, needed = "TPU", []
+    hosts, slices = len((workers or "").split(",")), slices or "1"
+    if hosts == 1 and slices == "1":
+        return None
+    if where == "GKE" and slices != "1":
+        needed += ["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"]
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"this is one of {hosts} hosts of {slices} TPU slice(s), but {' and '.join(missing)} "
+            "is not set. GKE sets it in the pods of a Job or JobSet that ask for google.com/tpu."
+        )
+    several = f"{slices} TPU slices" if slices != "1" else "a TPU slice"
+    return Join(f"{where}, {several} of {hosts} host{'s' * (hosts > 1)}")
 
 
 def _cpu_devices(environment: Mapping[str, str]) -> Join | None:
@@ -154,16 +174,32 @@ def _has_tpu() -> bool:
 
 
 def _metadata(environment: Mapping[str, str], key: str) -> str:
+    """What the metadata server of Google's cloud has, "" where there is none or it has nothing.
+
+    Raises UserError when it is there and does not answer: a host of a slice that took itself for
+    a single machine would train by itself, while the others wait for it.
+    """
+    import urllib.error
     import urllib.request
 
     host = environment.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.read().decode()
-    except OSError:
-        return ""
+    for pause in (*_METADATA_PAUSES, None):
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.read().decode()
+        except OSError as error:
+            reason = getattr(error, "reason", None)
+            if getattr(error, "code", None) == 404 or isinstance(reason, socket.gaierror):
+                return ""
+            if pause is None:
+                raise UserError(
+                    f"the metadata server ({url}) does not answer: {error}. Without it this host "
+                    "does not know its slice. If it is a single host, set TPU_SKIP_MDS_QUERY=1."
+                ) from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 # ------------------------------------------------------------------- joining and leaving

@@ -112,7 +112,11 @@ class OpenedModel:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Model(OpenedModel):
-    """A model whose parameters are in memory. params: the layout of `llamapro_jax.model.llama`."""
+    """A model whose parameters are in memory. params: the layout of `llamapro_jax.model.llama`.
+
+    A text is tokenised by the model's own tokenizer; each row of tokens is one document from
+    position 0.
+    """
 
     params: llama.Params = field(repr=False)
 
@@ -168,8 +172,12 @@ class Model(OpenedModel):
         """What follows `prompt`, as it is made, until an end token (left out) or `max_tokens`.
 
         max_tokens: None means 128, or what fits into the model. temperature 0 takes the most
-        likely token; above it, tokens are drawn, reproducibly for a seed, from the `top_k` best
-        and from the fewest whose probabilities reach `top_p`. new_blocks: as for `logits`.
+        likely token; above it, tokens are drawn, reproducibly for a seed: the scores are divided
+        by it, then cut to the `top_k` best, then to the fewest whose probabilities reach `top_p`,
+        as in transformers. new_blocks: as for `logits`. The prompt goes through the model once,
+        padded to a power of two (above 1024, to a multiple of 1024), then each token is one call
+        of a program that is compiled once for each padded size; no option costs a compilation.
+        The end tokens are those of `generation_config.json`, `config.json` and the tokenizer.
 
         Raises:
           UserError: an option out of range, an empty prompt, an id outside the vocabulary, more
@@ -195,10 +203,15 @@ def load(
 ) -> Model:
     """Opens a Flax checkpoint, a run, a Hugging Face directory or a hub id (`org/name@revision`).
 
+    Of a run, the newest checkpoint, what was trained in float32 as it was trained. The whole model
+    is in memory: 27 GB for a 7B in float32, half in bfloat16.
+
     dtype: of the parameters in memory and of the computation, "float32" or "bfloat16"; logits are
-    float32 in either. generation: the model as it was after that expansion, 0 the original.
-    strength: a factor from 0 to 1 on what the new blocks add. allow_bin: read `.bin` files, as
-    weights only. Of a run, the newest checkpoint, what was trained in float32 as it was trained.
+    float32 in either. float32 means float32 on every device: by default TPUs and GPUs round the
+    factors of float32 products. generation: the model as it was after that expansion, 0 the
+    original; when a later training changed those blocks too, a warning names the model that is
+    meant. strength: a factor from 0 to 1 on what the new blocks add (on their two output
+    projections). allow_bin: read pickled `.bin` files, as weights only; needs PyTorch.
 
     Raises:
       UserError: what is wrong with the files or an argument, and the mend.
@@ -216,7 +229,10 @@ def open_model(
     strength: float = 1.0,
     allow_bin: bool = False,
 ) -> OpenedModel:
-    """`load` but for the parameters, which the result's `load` reads."""
+    """Opens a model and reads no parameter yet: the result's `load` does. Arguments as of `load`.
+
+    Raises UserError as `load` does, for everything but damaged tensors.
+    """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     whole = open_source(str(path), allow_bin=allow_bin, masters=True)

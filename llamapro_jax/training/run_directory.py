@@ -201,7 +201,10 @@ def is_run(path: str | Path) -> bool:
 
 
 def open_run(path: str | Path, masters: bool = False, step: int | None = None) -> RunSource:
-    """The model of a run at `step`, the newest one saved by default.
+    """The model of a run at `step`, the newest one saved by default, a tensor at a time.
+
+    masters: give what was trained in float32 as it was trained, rather than in the dtype of the
+    base.
 
     Raises UserError when the run has no such checkpoint, when the model it began from is missing
     or another one, and when the checkpoint is not of this run.

@@ -150,8 +150,11 @@ class Encoded:
 
 
 def encode_task(model: OpenedModel, task: Task, max_tokens: int = MAX_TOKENS) -> Encoded:
-    """Raises UserError for a model without a tokenizer or with another's, and for texts that its
-    positions do not hold."""
+    """The questions of `task` as ids of the model's tokenizer, for `measure_task`.
+
+    max_tokens: most tokens of an answer that is written. Raises UserError for a model without a
+    tokenizer or with another's, and for texts that its positions do not hold.
+    """
     tokenizer, longest = model.require_tokenizer(), model.config.max_position_embeddings
     if isinstance(task.items[0], Problem):
         if not 1 <= max_tokens < longest:
