@@ -200,7 +200,7 @@ def repository_files() -> list[Path]:
 
 
 def test_no_path_of_somebodys_machine() -> None:
-    # GKE's nodes have their drivers under /home/kubernetes.
+    # GKE has the drivers of its nodes in a directory of that kind.
     pattern = re.compile(rb"(?<![\w.~])/(?:home|Users|root|work)/(?!kubernetes/)\w+")
     found = {}
     for path in repository_files():
