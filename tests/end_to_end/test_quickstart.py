@@ -172,9 +172,10 @@ def test_the_same_seed_gives_the_same_numbers(
 ) -> None:
     def copied(directory: Path, **_: Any) -> dict[str, Path]:
         shutil.copytree(first[0] / "texts", directory)
+        shutil.copytree(first[0] / "programs", tmp_path / "out" / "programs", dirs_exist_ok=True)
         return {name: directory / f"{name}.jsonl" for name in FILES}
 
-    # The texts are a function of the Python alone, and take long to make.
+    # The texts are a function of the Python alone, the programs of the settings; both take long.
     monkeypatch.setattr(quickstart_path, "write_corpus", copied)
     run(tmp_path / "out")
     assert numbers(tmp_path / "out") == numbers(first[0])
