@@ -7,10 +7,16 @@ import os
 import shutil
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 # Subprocesses inherit these. A user's own choice (a GPU, say) stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs are run a few times, on small arrays: to compile them takes nearly all of the time, and
+# nearly half of that is LLVM's optimisation. XLA's own passes stay: the HLO that tests read and the
+# sizes of buffers are the same.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread for torch and BLAS: the test processes already fill the cores.
@@ -25,3 +31,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # The first example of a property compiles, which takes longer than any deadline.
 settings.register_profile("llamapro", deadline=None)
 settings.load_profile("llamapro")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # By itself pytest-xdist begins with the files of the most tests: those of few long ones are
+    # last, and one process is left alone with the very last.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first, for processes to end together."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
