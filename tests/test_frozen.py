@@ -19,6 +19,7 @@ from steps import (
     random_batch,
     random_params,
     run_config,
+    train_step,
     without_new,
 )
 
@@ -46,7 +47,10 @@ from llamapro_jax.training.step import (
     summed_loss,
 )
 
-plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+# "2 of 4" is compiled as "8 of 32" is, in shorter loops.
+KINDS = {name: plan for name, plan in PLANS.items() if name != "2 of 4"}
+plans = pytest.mark.parametrize("plan", KINDS.values(), ids=KINDS)
+RUN = run_config(optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.3))
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -88,11 +92,10 @@ def test_after_20_steps_no_frozen_bit_changed_and_every_new_tensor_did(
 ) -> None:
     """With weight decay and clipping on, and learning rates that would move anything."""
     config = model_config(plan)
-    run = run_config(optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.3))
-    state, frozen, optimizer = begin(run, expanded_params(config, plan))
+    state, frozen, _ = begin(RUN, expanded_params(config, plan))
     frozen_before, new_before = bits(frozen), by_path(jax.tree.map(np.array, state.trainable))
     sums_before = checksums(frozen)
-    step = build_train_step(config, plan, run, optimizer)
+    step = train_step(config, plan, RUN)
     for seed in range(20):
         state, _ = step(state, frozen, random_batch(seed))
     assert int(state.step) == 20
@@ -131,9 +134,8 @@ def test_the_expanded_model_starts_with_the_loss_of_the_base(plan: ExpansionPlan
         base = {**params, "base": [rows], "new": [{}]}
         alone = build_eval_step(base_config, base_plan, "float32")(base, batch)
         assert float(with_new["nll"]) == float(alone["nll"])
-    run = run_config()
-    state, frozen, optimizer = begin(run, params)
-    _, metrics = build_train_step(config, plan, run, optimizer)(state, frozen, batch)
+    state, frozen, _ = begin(RUN, params)
+    _, metrics = train_step(config, plan, RUN)(state, frozen, batch)
     assert float(metrics["loss"]) == pytest.approx(float(off["nll"] / off["tokens"]), rel=1e-6)
 
 
@@ -141,10 +143,18 @@ def test_the_expanded_model_starts_with_the_loss_of_the_base(plan: ExpansionPlan
 
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "vocab_size": 128}
 LENGTH, ROWS = 32, 1
+COMPILED: dict[str, Any] = {}
 
 
 def compile_step(config: ModelConfig, plan: ExpansionPlan, run: RunConfig, build: Any) -> Any:
-    """The compiled step, from shapes alone."""
+    """The compiled step, from shapes alone; of the same arguments, the same again."""
+    key = repr((config, plan, run, build))
+    if key not in COMPILED:
+        COMPILED[key] = _compile_step(config, plan, run, build)
+    return COMPILED[key]
+
+
+def _compile_step(config: ModelConfig, plan: ExpansionPlan, run: RunConfig, build: Any) -> Any:
     spec = run.trainable
     params = abstract_params(config, plan, dtype_of(spec, run.compute_dtype))
     trainable, frozen = partition(params, spec)
@@ -275,7 +285,7 @@ def test_the_prefix_keeps_nothing_for_the_backward_pass() -> None:
 
 def test_the_optimizer_costs_nothing_for_the_frozen_side() -> None:
     """Its state has no frozen array, and a bigger frozen side adds no FLOP and no output."""
-    plan = PLANS["2 of 4"]
+    plan = PLANS["8 of 32"]
     config = model_config(plan, **WIDE)
     params = random_params(config, plan)
     state, _, _ = begin(wide_run(), params)
