@@ -34,7 +34,7 @@ def packed_rows(config: Any, rows: int = 2) -> dict[str, jax.Array]:
     }
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}, {"num_kv_heads": 1}])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5, "num_kv_heads": 1}])
 def test_the_model_is_the_same_with_a_fused_kernel(changes: dict[str, Any]) -> None:
     config = steps.model_config(PLAN, **changes)
     params = steps.random_params(config, PLAN)
