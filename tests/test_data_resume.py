@@ -147,7 +147,7 @@ sys.exit(cli.main(sys.argv[3:]))
 
 @pytest.mark.slow
 def test_a_run_that_moves_between_processes_trains_on_the_same_examples(tmp_path: Path) -> None:
-    """Stopped on one process and finished on two; the other way round is in test_processes."""
+    """Stopped on two processes, then on four, and finished on one."""
     write_model(tmp_path)
     texts = write_texts(tmp_path / "texts")
     (tmp_path / "train.py").write_text(TRAIN)
@@ -185,7 +185,7 @@ def test_a_run_that_moves_between_processes_trains_on_the_same_examples(tmp_path
     whole = train("whole", 1, 0)
     assert list(whole) == list(range(8)) and len(set(whole.values())) == 8
     found: dict[int, str] = {}
-    for processes, stop in ((1, 3), (2, 0)):
+    for processes, stop in ((2, 3), (4, 5), (1, 0)):
         first = max(committed_steps(tmp_path / "moved/checkpoints"), default=0)
         seen = train("moved", processes, stop)
         assert min(seen) == first
