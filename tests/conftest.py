@@ -12,11 +12,6 @@ from hypothesis import settings
 
 # Subprocesses inherit these. A user's own choice (a GPU, say) stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs are run a few times, on small arrays: to compile them takes nearly all of the time, and
-# nearly half of that is LLVM's optimisation. XLA's own passes stay: the HLO that tests read and the
-# sizes of buffers are the same.
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread for torch and BLAS: the test processes already fill the cores.
