@@ -46,6 +46,7 @@ def main() -> int:
     args = parse_arguments()
     if args.table_from is not None:
         found = results.Results(args.table_from)
+        found.only_compared()
         return report(found, args, None)
     work = args.work_directory or Path(tempfile.mkdtemp(prefix="chaos-"))
     work.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         "--resume", action="store_true", help="go on with the campaign in --work-directory"
     )
     parser.add_argument(
-        "--write", type=Path, help="a page whose table is replaced, when all is met"
+        "--write", type=Path, help="a page whose table is replaced, if nothing is lost"
     )
     parser.add_argument("--table-from", type=Path, help="show this results.jsonl, inject nothing")
     return parser.parse_args()
@@ -129,8 +130,9 @@ def check_begun(file: Path, args: argparse.Namespace) -> bool:
 def report(kept: results.Results, args: argparse.Namespace, minutes: float | None) -> int:
     swept = kept.sweep
     head = (
-        f"{len(kept.outcomes)} faults in {len(kept.runs)} runs of {STEPS} steps, which changed "
-        f"between 1, 2 and 4 processes {kept.switches()} times."
+        f"{len(kept.outcomes)} of {args.faults} faults (seed {args.seed}), in {len(kept.runs)} "
+        f"runs of {STEPS} steps. They went on {kept.switches()} times in another number of "
+        "processes."
     )
     if swept:
         head += (
@@ -142,7 +144,7 @@ def report(kept: results.Results, args: argparse.Namespace, minutes: float | Non
     status = kept.goals(args.faults)
     if minutes is not None:
         print(f"{minutes:.1f} minutes")
-    if args.write is not None and status == 0:
+    if args.write is not None and not kept.wrong():
         results.write_table(args.write, f"{head}\n\n{kept.table()}")
     return status
 

@@ -224,6 +224,14 @@ def test_results_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found.goals(3) == 1
 
 
+def test_what_is_not_compared_yet_is_left_out_of_a_table(tmp_path: Path) -> None:
+    found = results(tmp_path / "results.jsonl")
+    found.fault(outcome(2))
+    found.fault(outcome(3, wrong=["accepted"]))
+    found.only_compared()
+    assert set(found.outcomes) == {0, 1, 3}
+
+
 @pytest.mark.parametrize(
     ("change", "goal"),
     [

@@ -76,6 +76,15 @@ class Results:
     def swept(self, **values: Any) -> None:
         self._write({"sweep": values})
 
+    def only_compared(self) -> None:
+        """Of a campaign that is under way: leaves out what still has to be compared."""
+        done = self.compared()
+        self.outcomes = {
+            number: outcome
+            for number, outcome in self.outcomes.items()
+            if number in done or outcome.wrong or outcome.seen == "impossible"
+        }
+
     # ----------------------------------------------------------------- what it comes to
 
     def compared(self) -> set[int]:
