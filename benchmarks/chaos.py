@@ -37,7 +37,7 @@ from benchmarks.chaos_parts.material import STEPS, Material  # noqa: E402
 from benchmarks.chaos_parts.sweep import sweep  # noqa: E402
 
 # Numbers of processes, each as often as it is to be chosen. Four start slowly on two cores.
-LAYOUTS = (1, 1, 1, 2, 2, 2, 2, 2, 4)
+LAYOUTS = (1, 1, 1, 1, 2, 2, 2, 2, 4)
 # A short campaign restores a checkpoint with so many damages, a long one with all.
 SHORT, SHORT_SWEEP = 50, 60
 

@@ -34,6 +34,7 @@ from llamapro_jax.config import save_config
 from llamapro_jax.errors import UserError
 from llamapro_jax.expand import expand
 from llamapro_jax.hf.tokenizer import train_tokenizer
+from llamapro_jax.manifest import read_manifest
 from llamapro_jax.metrics import MetricsWriter, read_metrics
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import base_is_original, open_source
@@ -42,6 +43,7 @@ from llamapro_jax.training.events import METRICS_LOST, read_events
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.run_directory import RunRecord, open_run
 from llamapro_jax.training.stopping import Stopped
+from llamapro_jax.verify import verify
 
 disk = full_disk.fixture()
 
@@ -109,6 +111,16 @@ def test_a_run_leaves_its_model_as_it_was(work: Path, tmp_path: Path) -> None:
     before = digests(work / "model")
     train(config_of(work, tmp_path / "run"))
     assert digests(work / "model") == before
+
+
+def test_a_run_is_what_was_written(undisturbed: Path) -> None:
+    findings = verify(str(undisturbed))
+    assert findings.good, findings.as_text()
+    fixed = {"config.json", "fingerprint.json", "tokenizer.json", "tokenizer_config.json"}
+    listed = set(read_manifest(undisturbed))
+    assert fixed <= listed and not listed & {"config.yaml", "run.json", "metrics.jsonl", ".lock"}
+    # Of the texts that it prepared, too.
+    assert findings.checked["rows"] > 0 and findings.checked["lines of the log"] == 10
 
 
 def test_the_log_has_every_line_in_order(undisturbed: Path) -> None:

@@ -104,11 +104,13 @@ class Campaign:
         """One go of a run that takes whatever faults wait. Returns whether it is finished."""
         if lap.next is None:
             self.disturb_at_rest(lap)
-        ending = self.some_ending(lap)
+        layout = lap.next.layout if lap.next else self.layout(lap)
+        ending = self.some_ending(lap, layout)
         if ending is not None and ending.kind == plan.BAD_RECORD:
-            return self.bad_record(lap, ending)
-        during = self.some_during(ending)
-        group = lap.next or self.start(lap, [*during, *([ending] if ending else [])])
+            return self.bad_record(lap, ending, layout)
+        during = self.some_during(ending, layout)
+        faults = [*during, *([ending] if ending else [])]
+        group = lap.next or self.start(lap, faults, layout)
         lap.next = None
         with group:
             waiting = deque([fault for fault in (*during, ending) if fault])
@@ -138,26 +140,32 @@ class Campaign:
         lap.open = [outcome]
         return False
 
-    def some_during(self, ending: Fault | None) -> list[Fault]:
+    def layout(self, lap: Lap) -> int:
+        """Another number of processes than before, that a fault is left for."""
+        left = [*self.during, *self.ending]
+        others = [n for n in self.around.layouts if n != (lap.layouts or [None])[-1]]
+        useful = [n for n in others if any(fault.fits(n) for fault in left)]
+        return self.around.draw.choice(useful or others or list(self.around.layouts))
+
+    def some_during(self, ending: Fault | None, layout: int) -> list[Fault]:
         """What comes before the end: while the step is compiled there is a moment for one."""
         if ending is not None and ending.where == COMPILE:
             return []
-        found = [fault for _ in range(_DURING) if (fault := self.during.take())]
+        found = [fault for _ in range(_DURING) if (fault := self.during.take(layout))]
         compiling = [fault for fault in found if fault.where == COMPILE]
         for fault in compiling[1:]:
             self.during.back(fault)
         return compiling[:1] + [fault for fault in found if fault.where != COMPILE]
 
-    def some_ending(self, lap: Lap) -> Fault | None:
+    def some_ending(self, lap: Lap, layout: int) -> Fault | None:
         """The next one that this go has an occasion for."""
         steps = lap.outside.committed()
         newest, held, found = steps[-1] if steps else 0, [], None
-        while found is None and (fault := self.ending.take()):
+        while found is None and (fault := self.ending.take(layout)):
             possible = {
                 # The text is there after the first go, and its rows are met again in time.
                 plan.BAD_RECORD: not lap.next and 0 < newest < _LAST_BAD_RECORD,
                 plan.STALL: not lap.next and stall_at(fault, newest) < STEPS - 2,
-                plan.DEAD_HOST: lap.next is None or lap.next.layout > 1,
             }
             if possible.get(fault.kind, True) and not (lap.next and fault.where == COMPILE):
                 found = fault
@@ -167,12 +175,8 @@ class Campaign:
             self.ending.back(fault)
         return found
 
-    def start(self, lap: Lap, faults: list[Fault]) -> Group:
-        """As many processes as a fault needs; a cold compilation cache where it is about that."""
-        layouts = [n for n in self.around.layouts if n > 1 or not any(f.process for f in faults)]
-        if any(fault.kind == plan.DEAD_HOST for fault in faults):
-            layouts = [layout for layout in layouts if layout > 1]
-        layout = self.around.draw.choice(layouts)
+    def start(self, lap: Lap, faults: list[Fault], layout: int) -> Group:
+        """A cold compilation cache where a fault is about that, and a short-tempered watchdog."""
         changes: dict[str, object] = {"training__watchdog": 120.0}
         driver: list[str] = []
         if any(fault.where == COMPILE for fault in faults):
@@ -184,7 +188,7 @@ class Campaign:
         for fault in faults:
             if fault.kind == plan.STALL:
                 at = stall_at(fault, max(lap.outside.committed(), default=0))
-                driver = ["--stall", str(at), "--of", str(fault.process % layout)]
+                driver = ["--stall", str(at), "--of", str(fault.process)]
                 lap.stalls_at = at
         return lap.start(layout, driver=driver, **changes)
 
@@ -238,8 +242,7 @@ class Campaign:
             if fault.kind == plan.STALL:
                 return running.stalled(lap, group, fault, lap.stalls_at)
             if fault.kind == plan.TAKEOVER:
-                layout = self.around.draw.choice(list(self.around.layouts))
-                return running.takeover(lap, group, fault, layout)
+                return running.takeover(lap, group, fault, self.layout(lap))
             return running.ENDING[fault.kind](lap, group, fault)
 
         outcome = self.try_to(lap, group, fault, self.ending, act)
@@ -253,11 +256,11 @@ class Campaign:
             lap.went_by_itself(group, statuses)
         return not any(statuses)
 
-    def bad_record(self, lap: Lap, fault: Fault) -> bool:
+    def bad_record(self, lap: Lap, fault: Fault, layout: int) -> bool:
         """A go that reads a damaged row."""
 
         def start() -> Group:
-            group = self.start(lap, [])
+            group = self.start(lap, [], layout)
             with suppress(Ended):
                 self.settle(lap, group)
             return group
@@ -289,7 +292,7 @@ class Campaign:
 
     def disk_go(self, lap: Lap) -> bool:
         assert lap.space is not None
-        with self.start(lap, []) as group:
+        with self.start(lap, [], self.layout(lap)) as group:
             with suppress(Ended):
                 self.settle(lap, group)
                 group.until(lambda: bool(lap.outside.committed()))

@@ -41,7 +41,7 @@ TRAINING, AT_REST = "training", "at rest"
 class Fault:
     """number: from 0, its name in the results. where: the phase, or what is damaged.
 
-    process: which one it hits, modulo as many as there are. skip: so many occurrences of the phase
+    process: which one it hits. skip: so many occurrences of the phase
     pass first. draw: of its own choices (a file, a bit).
     """
 
@@ -54,6 +54,10 @@ class Fault:
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def fits(self, layout: int) -> bool:
+        """Whether a run in so many processes can take it."""
+        return self.process < layout and (layout > 1 or self.kind != DEAD_HOST)
 
     def random(self) -> random.Random:
         return random.Random(self.draw)
@@ -118,8 +122,13 @@ class Queue:
     def __init__(self, faults: list[Fault], kinds: tuple[str, ...]) -> None:
         self._waiting = deque(fault for fault in faults if fault.kind in kinds)
 
-    def take(self) -> Fault | None:
-        return self._waiting.popleft() if self._waiting else None
+    def take(self, layout: int | None = None) -> Fault | None:
+        """The first one that so many processes can take; None: as many as it likes."""
+        for fault in self._waiting:
+            if layout is None or fault.fits(layout):
+                self._waiting.remove(fault)
+                return fault
+        return None
 
     def back(self, fault: Fault) -> None:
         """It found no occasion: it is the next one."""

@@ -132,7 +132,7 @@ class Results:
         counted = [f"{sum(o.seen == what for o in group)} {what}" for what in seen]
         done = [o for o in group if o.seen != "impossible"]
         equal = sum(o.fault.number in self.equal() for o in done)
-        lost = max((o.lost for o in done), default=0)
+        lost = max([0, *(o.lost for o in done)])
         cells = [
             kind,
             where,

@@ -35,12 +35,11 @@ def hit(lap: Lap, group: Group, fault: Fault, phase: str) -> int:
     """Stops all processes in the phase. Returns the number of the process to do something to."""
     if lap.outside.last_step() > STEPS - _MARGIN:
         raise TooLate
-    process = fault.process % group.layout
-    reach(group, lap.outside, phase, process, 0 if phase == COMPILE else fault.skip)
+    reach(group, lap.outside, phase, fault.process, 0 if phase == COMPILE else fault.skip)
     if lap.outside.last_step() > STEPS - _MARGIN:
         group.thaw()
         raise TooLate
-    return process
+    return fault.process
 
 
 def goes_on(lap: Lap, group: Group) -> float:
