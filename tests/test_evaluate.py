@@ -216,7 +216,7 @@ def test_a_text_of_another_kind_is_to_be_written_anew(
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=f"{what}.*: write its documents into a .jsonl") as caught:
         run(model, tmp_path)
-    assert "kind" not in str(caught.value)
+    assert "set kind" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
