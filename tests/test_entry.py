@@ -53,6 +53,21 @@ def test_it_says_where_it_runs_and_trains(
         monkeypatch.setenv(name, value)
     assert entry.main(["a.yaml", "output=b"]) == exit_codes.PREEMPTED
     assert given == [["train", "a.yaml", "output=b"]]
+    given.clear()
+    for arguments in (["--takeover", "a.yaml", "b=1"], ["a.yaml", "--takeover", "b=1"]):
+        entry.main(arguments)
+    # A job that its cluster starts once more: of the attempt before something may hang.
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    entry.main(["a.yaml", "b=1"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    entry.main(["a.yaml", "b=1"])
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("LLAMAPRO_RESTARTS", "1")
+    entry.main(["a.yaml", "b=1"])
+    taking = ["train", "--takeover", "a.yaml", "b=1"]
+    assert given == [taking, taking, ["train", "a.yaml", "b=1"], taking, taking]
+    capsys.readouterr()
+    entry.main(["a.yaml", "output=b"])
     said = capsys.readouterr().out
     assert said == f"{socket.gethostname()}: {entry.place(EXPLICIT)}\n"
 
@@ -89,6 +104,6 @@ def test_worth_restarting(status: int) -> None:
     assert exit_codes.worth_restarting(status)
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 44, 126, 127, 128, 130, -2, 255, -255])
+@pytest.mark.parametrize("status", [0, 1, 2, 44, 45, 126, 127, 128, 130, -2, 255, -255])
 def test_not_worth_restarting(status: int) -> None:
     assert not exit_codes.worth_restarting(status)

@@ -207,6 +207,7 @@ class Cluster:
             (etc / name).write_text(text)
         [self.trainer] = pod(self.job_set)["containers"]
         self.data, self.etc = data, etc
+        self.attempts = 0
         mounts = {mount["name"]: mount["mountPath"] for mount in self.trainer["volumeMounts"]}
         assert self.trainer["workingDir"] == mounts["data"]
         self.places = {mounts["data"]: str(data), mounts["config"]: str(etc)}
@@ -222,6 +223,10 @@ class Cluster:
         for entry in self.trainer["env"]:
             if "valueFrom" in entry:
                 path = entry["valueFrom"]["fieldRef"]["fieldPath"]
+                if entry["name"] == "LLAMAPRO_RESTARTS":
+                    assert path == "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
+                    found[entry["name"]] = str(self.attempts)
+                    continue
                 assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
                 found[entry["name"]] = str(index)
             else:
@@ -259,6 +264,7 @@ class Cluster:
         finally:
             for one in pods:
                 one.kill()
+        self.attempts += 1
         return [one.returncode for one in pods], output
 
 

@@ -131,11 +131,15 @@ def test_what_a_restart_mends_is_started_again_where_it_is(
 def test_a_host_that_was_started_anew_has_lost_its_run(cloud: ScriptedCloud) -> None:
     cloud.answer("describe", ACTIVE)
     cloud.answer("ask", reports("lost - 4"), RUNS, DONE)
-    assert supervise() == 0
+    assert supervise("--prepare", "mount /mnt/files") == 0
     assert acts(cloud) == ["start", "delete"]
+    # And its mounts; what hung on the old ones may have kept the output.
+    [start] = [call[5] for call in cloud.calls() if "tpu_worker.sh start" in " ".join(call)]
+    assert 0 < start.index("mount /mnt/files") < start.index("tpu_worker.sh start")
+    assert f"start {JOB[0]} --takeover {JOB[1]}" in start
 
 
-@pytest.mark.parametrize("status", [1, 2, 44, 130])
+@pytest.mark.parametrize("status", [1, 2, 44, 45, 130])
 def test_what_a_restart_does_not_mend_ends_with_its_status(
     cloud: ScriptedCloud, capsys: pytest.CaptureFixture[str], status: int
 ) -> None:
@@ -192,6 +196,15 @@ def test_of_two_ends_the_one_that_a_restart_mends_counts(cloud: ScriptedCloud) -
     assert acts(cloud) == ["start", "delete"]
 
 
+@pytest.mark.parametrize("other", ["ended 134 4", "lost - 4", "stopped 42 4", "running - 4"])
+def test_one_that_was_taken_over_is_not_started_again(cloud: ScriptedCloud, other: str) -> None:
+    cloud.answer("describe", ACTIVE)
+    cloud.answer("hosts", say("10.0.0.2;10.0.0.3"))
+    cloud.answer("ask", reports("ended 45 4", other))
+    assert supervise() == 45
+    assert acts(cloud) == ["tail", "delete"]
+
+
 def test_a_host_without_a_run_among_others_gets_one(cloud: ScriptedCloud) -> None:
     cloud.answer("describe", ACTIVE)
     cloud.answer("hosts", say("10.0.0.2;10.0.0.3"))
@@ -219,7 +232,7 @@ def test_a_newer_step_fills_the_budget_again(cloud: ScriptedCloud) -> None:
 
 
 def test_new_resources_count_as_restarts(cloud: ScriptedCloud) -> None:
-    cloud.answer("describe", state("FAILED", error="quota of the zone"))
+    cloud.answer("describe", state("FAILED", error="internal error"))
     assert supervise("--restarts", "2") == 1
     assert acts(cloud) == ["delete"] * 3
 
@@ -255,14 +268,14 @@ def test_hosts_that_do_not_begin_by_themselves_are_set_up(cloud: ScriptedCloud) 
     cloud.answer("describe", ACTIVE)
     cloud.answer("ask", *[reports("none - -")] * 3, RUNS, DONE)
     assert supervise(*BUCKET) == 0
-    assert acts(cloud) == ["storage", "scp", "setup", "start", "delete"]
+    assert acts(cloud) == ["scp", "setup", "start", "delete"]
 
 
 def test_an_install_without_end_is_given_another_resource(cloud: ScriptedCloud) -> None:
     cloud.answer("describe", *[ACTIVE] * 3, ABSENT, ACTIVE)
     cloud.answer("ask", *[reports("installing - -")] * 3, RUNS, DONE)
     assert supervise(*BUCKET) == 0
-    assert acts(cloud) == ["storage", "delete", "create", "delete"]
+    assert acts(cloud) == ["delete", "storage", "create", "delete"]
 
 
 def test_a_setup_that_fails_is_tried_again(cloud: ScriptedCloud) -> None:
@@ -302,6 +315,31 @@ def test_no_quota_is_waited_for(cloud: ScriptedCloud, monkeypatch: pytest.Monkey
     assert tpu.main(["supervise", "my-tpu", *arguments]) == 0
     assert acts(cloud) == ["create"] * 3 + ["delete"]
     assert pauses == [30, 60, 30, 30]
+
+
+def test_requests_that_fail_for_want_of_room_are_made_more_and_more_seldom(
+    cloud: ScriptedCloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = state("FAILED", error="Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded.")
+    cloud.answer("describe", *[ABSENT, state("ACCEPTED"), full] * 3, ABSENT, ACTIVE)
+    cloud.answer("ask", RUNS, DONE)
+    pauses: list[float] = []
+    monkeypatch.setattr(tpu, "Supervisor", functools.partial(supervisor.Supervisor, sleep=pauses.append))  # noqa: E501  # fmt: skip
+    arguments = [*OPTIONS[:-1], "30", "--restarts", "1", *JOB]
+    assert tpu.main(["supervise", "my-tpu", *arguments]) == 0
+    assert acts(cloud) == ["create", "delete"] * 4
+    assert pauses == [30, 30, 30, 30, 30, 60, 30, 30, 120, 30, 30]
+    cloud.answer("describe", *[ABSENT, full] * 5)
+    assert supervise() == 2
+    assert "has been exceeded. 5 times in a row" in capsys.readouterr().err
+
+
+def test_a_checkout_that_cannot_be_staged_is_tried_again(cloud: ScriptedCloud) -> None:
+    cloud.answer("describe", ABSENT, ABSENT, ACTIVE)
+    cloud.answer("storage", fail("503 UNAVAILABLE"), "exit 0")
+    cloud.answer("ask", RUNS, DONE)
+    assert supervise(*BUCKET) == 0
+    assert acts(cloud) == ["storage", "storage", "create", "delete"]
 
 
 @pytest.mark.parametrize(
@@ -381,10 +419,14 @@ def test_a_state_that_is_not_known_is_waited_for(
     assert "PAINTED, which is not known here" in capsys.readouterr().out
 
 
-def test_an_answer_that_is_not_understood_is_shown(
+def test_an_answer_that_is_not_understood_is_asked_for_again_and_shown(
     cloud: ScriptedCloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cloud.answer("describe", say('{"state": "new style"}'))
+    cloud.answer("describe", "exit 0", say("{}"), ACTIVE)
+    cloud.answer("ask", DONE)
+    assert supervise() == 0
+    assert "not understood" in capsys.readouterr().out
+    cloud.answer("describe", *[say('{"state": "new style"}')] * 5)
     assert supervise() == 2
     assert "not understood" in capsys.readouterr().err
 

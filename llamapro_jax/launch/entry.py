@@ -3,7 +3,9 @@
 The processes of a run find each other: a TPU slice or several (TPU VM, GKE), the tasks of `srun`,
 or explicit settings (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID); without any of
 them it is one process on one machine. Then it is `llamapro train`, with its exit codes
-(docs/reliability.md). The same command again goes on from the last checkpoint.
+(docs/reliability.md). The same command again goes on from the last checkpoint. A job that its
+cluster starts once more takes the output over, as with --takeover: of the attempt before it a
+process may hang on a host that was lost, and keep its lock.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ example:
   python -m llamapro_jax.launch.entry configs/llama2_7b_pro.yaml output=gs://my-bucket/runs/first
 """
 
+# How often the job was started before: Slurm's own, and what a JobSet's pods are told.
+RESTARTS = "LLAMAPRO_RESTARTS"
+_RESTARTS = ("SLURM_RESTART_COUNT", RESTARTS)
+
 
 def place(environment: Mapping[str, str] = os.environ) -> str:
     """Where this process runs, in words. Raises UserError when what it finds cannot be."""
@@ -37,6 +43,10 @@ def place(environment: Mapping[str, str] = os.environ) -> str:
     return f"{join.reason}, process {join.index} of {join.count}, meeting at {join.address}"
 
 
+def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    return any(environment.get(name, "").strip("0 ") for name in _RESTARTS)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llamapro_jax.launch.entry",
@@ -47,6 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration, say where, and train not"
     )
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="end the run that trains in the output directory now, and go on from its newest "
+        "checkpoint",
+    )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument(
         "overrides", metavar="key.path=value", nargs="*", help="a setting that differs from CONFIG"
@@ -56,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status, one of `llamapro_jax.exit_codes`."""
-    parsed = build_parser().parse_args(arguments)
+    parsed = build_parser().parse_intermixed_args(arguments)
     try:
         print(f"{socket.gethostname()}: {place()}", flush=True)
         if parsed.dry_run:
@@ -68,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    return cli.main(["train", parsed.config, *parsed.overrides])
+    takeover = ["--takeover"] if parsed.takeover or was_restarted() else []
+    # Before CONFIG: behind it argparse takes no settings any more.
+    return cli.main(["train", *takeover, parsed.config, *parsed.overrides])
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ _PATTERNS = (
         Kind.REFUSED,
         r"PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|SERVICE_DISABLED"
         r"|does not have permission|active account selected|[Rr]eauthentication"
+        r"|HTTPError 40[134]|not found: 404"  # of `gcloud storage`
         r"|required property \[|Error parsing \[|unrecognized arguments"
         r"|^ERROR: \(gcloud\.[^)]*\) argument ",
     ),
@@ -45,18 +46,23 @@ _PATTERNS = (
 )
 
 
+def kind_of(said: str) -> Kind:
+    """What an error of Google means, by its words."""
+    found = (kind for kind, pattern in _PATTERNS if re.search(pattern, said, re.MULTILINE))
+    return next(found, Kind.PASSING)
+
+
 class GcloudError(UserError):
     """A call of gcloud that failed. `kind`: what that means; `said`: its words."""
 
-    def __init__(self, command: Sequence[str], status: int, said: str):
+    def __init__(
+        self, command: Sequence[str], status: int, said: str, kind: Kind | None = None
+    ) -> None:
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         # Before what is wrong stand remarks, after it hints.
         wrong = [i for i, line in enumerate(lines) if re.match("error:", line, re.IGNORECASE)]
         lines = lines[wrong[0] :][:3] if wrong else lines[-3:]
-        self.kind = next(
-            (kind for kind, pattern in _PATTERNS if re.search(pattern, said, re.MULTILINE)),
-            Kind.PASSING,
-        )
+        self.kind = kind or kind_of(said)
         self.said = " ".join(lines) or "it said nothing"
         super().__init__(f"{shlex.join(command[:5])}: status {status}: {self.said}")
 
@@ -67,19 +73,21 @@ class Gcloud:
 
     dry_run: calls are printed and answered by "".
     timeout: seconds after which a call counts as failed. ssh to a host that is gone can hang.
+    asking: the same of a call that only asks how something stands, `asks`.
     """
 
     zone: str | None = None
     project: str | None = None
     dry_run: bool = False
     timeout: float = 1800
+    asking: float = 120
 
-    def tpus(self, *words: str, show: bool = False) -> str:
+    def tpus(self, *words: str, show: bool = False, asks: bool = False) -> str:
         """`gcloud compute tpus ...` in the zone. See `call`."""
         zone = [f"--zone={self.zone}"] if self.zone else []
-        return self.call("compute", "tpus", *words, *zone, show=show)
+        return self.call("compute", "tpus", *words, *zone, show=show, asks=asks)
 
-    def call(self, *words: str, show: bool = False) -> str:
+    def call(self, *words: str, show: bool = False, asks: bool = False) -> str:
         """What the command printed. `show`: it has the terminal, and "" is returned.
 
         Raises GcloudError.
@@ -90,7 +98,8 @@ class Gcloud:
             print(shlex.join(command))
             return ""
         try:
-            status, output, said = _shown(command) if show else _run(command, self.timeout)
+            timeout = self.asking if asks else self.timeout
+            status, output, said = _shown(command) if show else _run(command, timeout)
         except FileNotFoundError:
             raise UserError(
                 "gcloud is not on PATH; install the Google Cloud CLI "

@@ -31,7 +31,7 @@ class Job:
     """What to run, on what, and what to do when it ends.
 
     claim, bucket: the storage at DATA, a PersistentVolumeClaim or a bucket; at most one.
-    max_restarts: after failures; being stopped and preempted does not count.
+    max_restarts: after failures, in the whole run; being stopped and preempted does not count.
     grace: seconds from SIGTERM to SIGKILL, in which a stopped run saves.
     hints: lines of what is known of the run's speed.
     """
@@ -48,7 +48,7 @@ class Job:
     service_account: str | None = None
     reservation: str | None = None
     spot: bool = False
-    max_restarts: int = 10
+    max_restarts: int = 100
     grace: int = 600
     hints: tuple[str, ...] = field(default=())
 
@@ -123,6 +123,8 @@ def _check_paths(config: RunConfig, mounted: str | None) -> None:
     places |= {f"data.eval.{n}.path": source.path for n, source in enumerate(data.eval)}
     places["data.cache_directory"] = data.cache_directory or ""
     for setting, place in places.items():
+        if setting == "output" and "://" in place and not place.startswith("gs://"):
+            raise UserError(f"output: {place!r}: a run writes to gs:// or to a mounted path.")
         if place.startswith(_REMOTE):
             continue
         if place.startswith("/") and not f"{place}/".startswith(f"{DATA}/"):

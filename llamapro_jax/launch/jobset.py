@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 
 from llamapro_jax.exit_codes import PREEMPTED
+from llamapro_jax.launch.entry import RESTARTS
 from llamapro_jax.launch.job import CONFIG, DATA, RESTARTED, Job
 from llamapro_jax.launch.nodes import Nodes
 from llamapro_jax.launch.processes import ADDRESS, COUNT
@@ -43,6 +44,7 @@ def render(job: Job, file: str) -> str:
         select=f"--selector jobset.sigs.k8s.io/jobset-name={job.name}",
         config=job.config_path.read_text().rstrip("\n"),
         preempted=PREEMPTED,
+        restarts=RESTARTS,
         restarted=list(RESTARTED),
         annotations=_annotations(job),
         selector=_selector(job),

@@ -120,7 +120,7 @@ class QueuedResource:
 
     def state(self) -> State:
         try:
-            answer = self._resource("describe", "--format=json")
+            answer = self._resource("describe", "--format=json", asks=True)
         except GcloudError as error:
             if error.kind is Kind.NOT_FOUND:
                 return State(ABSENT)
@@ -134,9 +134,13 @@ class QueuedResource:
             nodes = tuple(node for spec in specs for node in _nodes(spec))
             return State(found["state"]["state"], nodes, error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.name}: gcloud describes it in a way that is not understood ({error!r}): "
-                f"{answer[:200]!r}"
+            # An empty or half an answer comes among good ones; whoever asks, asks again.
+            raise GcloudError(
+                ("describe", self.name),
+                0,
+                f"gcloud describes {self.name} in a way that is not understood ({error!r}): "
+                f"{answer[:200]!r}",
+                Kind.PASSING,
             ) from error
 
     def hosts(self, nodes: tuple[str, ...]) -> int:
@@ -144,7 +148,7 @@ class QueuedResource:
         if nodes not in self._hosts:
             first = nodes[0] if nodes else self.name
             command = ("tpu-vm", "describe", first, "--format=value(networkEndpoints[].ipAddress)")
-            listed = self.gcloud.tpus(*command)
+            listed = self.gcloud.tpus(*command, asks=True)
             count = len([address for address in re.split(r"[;,\s]+", listed) if address])
             if self.gcloud.dry_run:
                 return 1
@@ -153,14 +157,22 @@ class QueuedResource:
             self._hosts[nodes] = count * len(nodes)
         return self._hosts[nodes]
 
-    def ssh(self, command: str, node: str = "all", worker: str = "all", show: bool = False) -> str:
+    def ssh(
+        self,
+        command: str,
+        node: str = "all",
+        worker: str = "all",
+        show: bool = False,
+        asks: bool = False,
+    ) -> str:
         """What the command printed, on all hosts.
 
         A status of 0 does not say that it ran on all: gcloud leaves out a slice that it cannot
         prepare. Who must know counts the answers.
         """
         where = [f"--node={node}", f"--worker={worker}"]
-        return self._resource("ssh", f"--command={command}", *where, *self.ssh_flags, show=show)
+        given = (f"--command={command}", *where, *self.ssh_flags)
+        return self._resource("ssh", *given, show=show, asks=asks)
 
     def copy_to_all(self, file: Path, target: str) -> None:
         """Into the home directory of who calls, on all hosts."""
@@ -169,8 +181,11 @@ class QueuedResource:
             "--node=all", "--worker=all", *self.ssh_flags,
         )  # fmt: skip
 
-    def _resource(self, verb: str, *arguments: str, show: bool = False) -> str:
-        return self.gcloud.tpus("queued-resources", verb, self.name, *arguments, show=show)
+    def _resource(
+        self, verb: str, *arguments: str, show: bool = False, asks: bool = False
+    ) -> str:
+        words = ("queued-resources", verb, self.name, *arguments)
+        return self.gcloud.tpus(*words, show=show, asks=asks)
 
 
 def _nodes(spec: dict) -> list[str]:

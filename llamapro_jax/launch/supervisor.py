@@ -7,6 +7,7 @@ time, on any machine, and the run on the hosts does not notice.
     ABSENT                        create
     waiting, leaving              wait
     SUSPENDED, FAILED             delete (then it is ABSENT)
+    FAILED for want of room       the same, each time after a longer pause
     ACTIVE, nothing on the hosts  set up and start
             running               wait
             ended, worth it       start again; hosts that run do not mind
@@ -14,7 +15,9 @@ time, on any machine, and the run on the hosts does not notice.
             not to be reached     after a while: delete
 
 What is worth another start says `exit_codes.worth_restarting`. Starts in a row after none of which
-a newer step was saved are counted, and end it when there are more than the budget.
+a newer step was saved are counted, and end it when there are more than the budget. From the first
+restart on, starts take the output over (`train --takeover`): of hosts that were lost one may hang
+and keep its lock. Therefore a run that was itself taken over, 45, is never started again.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Protocol
 
 from llamapro_jax import exit_codes
 from llamapro_jax.errors import UserError
-from llamapro_jax.launch.gcloud import GcloudError, Kind
+from llamapro_jax.launch.gcloud import GcloudError, Kind, kind_of
 from llamapro_jax.launch.queued_resource import ABSENT, GONE, LEAVING, WAITING, Report, State
 
 NOT_BEGUN = ("none", "installed")
@@ -37,11 +40,13 @@ class Cloud(Protocol):
     """What the supervisor does to the world. `launch.tpu` has the real one.
 
     create, delete, setup_and_start and start may raise GcloudError.
+    take_over: from now on starts end whatever else trains in the output.
     starts_itself: the hosts start training at boot, by their start-up script.
     """
 
     starts_itself: bool
 
+    def take_over(self) -> None: ...
     def state(self) -> State: ...
     def create(self) -> None: ...
     def delete(self) -> None: ...
@@ -60,7 +65,8 @@ class Patience:
     unreachable: turns in which not all hosts answer, until the resource is thought broken.
     installing: turns that the hosts may take from ACTIVE until training runs.
     apart: turns in which some hosts run and others do not. They end each other in two minutes.
-    tries: calls of gcloud that fail, until somebody has to look.
+    tries: calls of gcloud that fail, or requests for which there is no room, until somebody has to
+        look.
     """
 
     poll: float = 60
@@ -84,7 +90,7 @@ class Supervisor:
         self._cloud, self._name, self._patience, self._keep = cloud, name, patience, keep
         self._say, self._sleep = say, sleep
         self._saved = -1
-        self._restarts = self._failures = 0
+        self._restarts = self._failures = self._crowded = 0
         self._turns = {"unreachable": 0, "installing": 0, "apart": 0}
         self._said = ""
 
@@ -113,9 +119,13 @@ class Supervisor:
         elif state.name in WAITING or state.name in LEAVING:
             self._tell(f"{self._name} is {state.name}")
         elif state.name in GONE:
+            if state.name == "FAILED" and kind_of(state.error) is Kind.NO_ROOM:
+                self._cloud.delete()
+                raise GcloudError(("create", self._name), 1, state.error, Kind.NO_ROOM)
             because = f" ({state.error})" if state.error else ""
             return self._renew(f"{self._name} is {state.name}{because}")
         elif state.name == "ACTIVE":
+            self._crowded = 0
             return self._look_at_hosts(state)
         else:
             self._tell(f"{self._name} is {state.name}, which is not known here; waiting")
@@ -162,8 +172,12 @@ class Supervisor:
     def _ended_for_good(self, reports: Sequence[Report]) -> int | None:
         """The status of a run that is over, None of one that is not, or is worth another start."""
         states = {report.state for report in reports}
-        if "stopped" in states and "running" not in states:
-            return exit_codes.PREEMPTED
+        if "running" not in states:
+            # Before all else: another start would end the run that goes on.
+            if any(report.status == exit_codes.TAKEN_OVER for report in reports):
+                return exit_codes.TAKEN_OVER
+            if "stopped" in states:
+                return exit_codes.PREEMPTED
         if states != {"ended"}:
             return None
         # All processes of a run end with the same status. Where one died, or was started alone
@@ -172,6 +186,8 @@ class Supervisor:
         return None if any(map(exit_codes.worth_restarting, statuses)) else max(statuses)
 
     def _start_again(self, reports: Sequence[Report]) -> int | None:
+        if any(report.status == exit_codes.TAKEN_OVER for report in reports):
+            return self._finish(exit_codes.TAKEN_OVER)
         if not self._may_go_on(f"{self._name}: training does not run: {_listed(reports)}"):
             return self._finish(exit_codes.FAILED)
         if any(report.state in NOT_BEGUN for report in reports):
@@ -212,6 +228,7 @@ class Supervisor:
             self._say(f"{reason}. {budget} restarts in a row saved no newer step: giving up")
             return False
         self._say(f"{reason}. Restart {self._restarts} of {budget} without a newer step")
+        self._cloud.take_over()
         return True
 
     def _renew(self, reason: str) -> int | None:
@@ -249,9 +266,14 @@ class Supervisor:
 
     def _after(self, error: GcloudError) -> float:
         """Seconds to wait after a call that failed. Raises UserError when that would not help."""
-        self._failures += 1
-        if error.kind is Kind.REFUSED or self._failures > self._patience.tries:
-            often = "" if error.kind is Kind.REFUSED else f" {self._failures} times in a row"
+        if error.kind is Kind.NO_ROOM:
+            # Only a slice that is there resets it: the request itself is taken each time.
+            self._crowded += 1
+        else:
+            self._failures += 1
+        count = self._crowded if error.kind is Kind.NO_ROOM else self._failures
+        if error.kind is Kind.REFUSED or count > self._patience.tries:
+            often = "" if error.kind is Kind.REFUSED else f" {count} times in a row"
             raise UserError(
                 f"{error}{often}. What runs on {self._name} goes on; the same command watches it "
                 "again."
@@ -260,7 +282,7 @@ class Supervisor:
             # Of a create whose answer was lost.
             return self._patience.poll
         self._tell(f"{error.said}; trying again")
-        return min(self._patience.poll * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE)
+        return min(self._patience.poll * 2 ** min(count - 1, 10), _LONGEST_PAUSE)
 
     def _tell(self, text: str) -> None:
         """Says what has changed."""

@@ -116,8 +116,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--prepare",
         default="",
         metavar="COMMAND",
-        help="run as root on each host before the install, at each start of a host: mounts the "
-        "storage, for example. May run twice",
+        help="run as root on each host before the install and before each start of training: "
+        "mounts the storage, for example. May run twice",
     )
 
 
@@ -125,6 +125,11 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a run configuration in this checkout")
     parser.add_argument(
         "overrides", metavar="key.path=value", nargs="*", help="a setting that differs from CONFIG"
+    )
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="end the run that trains in the output now, and go on from its newest checkpoint",
     )
 
 
@@ -180,7 +185,8 @@ def _request(args: argparse.Namespace) -> Request:
 
 
 def _job(args: argparse.Namespace) -> tpu_job.Job:
-    return tpu_job.job(args.config, args.overrides, args.prepare, getattr(args, "staging", None))
+    what = tpu_job.job(args.config, args.overrides, args.prepare, getattr(args, "staging", None))
+    return dataclasses.replace(what, takeover=getattr(args, "takeover", False))
 
 
 def create(args: argparse.Namespace) -> int:
@@ -280,10 +286,17 @@ class TpuCloud:
     def __init__(self, resource: QueuedResource, request: Request, what: tpu_job.Job):
         self._resource, self._request, self._job = resource, request, what
         self.starts_itself = what.staging is not None
+        self._staged = False
         self.state = resource.state
         self.delete = resource.delete
 
+    def take_over(self) -> None:
+        self._job = dataclasses.replace(self._job, takeover=True)
+
     def create(self) -> None:
+        if self.starts_itself and not self._staged:
+            tpu_job.stage(self._resource, self._job)
+            self._staged = True
         with tpu_job.startup_script(self._resource, self._job) as startup:
             self._resource.create(self._request, startup)
 
@@ -313,8 +326,6 @@ def supervise(args: argparse.Namespace) -> int:
             "host mounts (--prepare mounts it). A host's own disk is lost with it."
         )
     cloud = TpuCloud(resource, _request(args), what)
-    if what.staging is not None:
-        tpu_job.stage(resource, what)
     if args.dry_run:
         return _rehearse(cloud, args)
     patience = dataclasses.replace(PATIENCE, poll=args.poll, restarts=args.restarts)

@@ -40,6 +40,17 @@ rm -rf incoming
 mkdir incoming
 tar -xzf "{archive}" -C incoming
 """
+# As root, on hosts where it is installed: one that was started anew has lost its mounts.
+_START = """\
+set -euo pipefail
+export HOME="${{HOME:-/root}}" PATH="$PATH:/snap/bin"
+cd "{home}"
+if ! systemctl is-active llamapro >/dev/null; then
+:
+{prepare}
+fi
+exec bash {worker} start {arguments}
+"""
 _STARTUP = """\
 #!/usr/bin/env bash
 # Written by launch/tpu.sh. Every host runs it at each boot: training goes on by itself.
@@ -59,19 +70,22 @@ done"""
 
 @dataclass(frozen=True)
 class Job:
-    """One run. config: a path from the checkout's root; prepare: a command before the install.
+    """One run. config: a path from the checkout's root; prepare: a command before all else.
 
     staging: a gs:// directory for the archive, and the hosts start by themselves; None: by ssh.
+    takeover: end another run that has the output, such as one that hangs on lost hosts.
     """
 
     config: str
     overrides: tuple[str, ...] = ()
     prepare: str = ""
     staging: str | None = None
+    takeover: bool = False
 
     @property
     def arguments(self) -> str:
-        return shlex.join([self.config, *self.overrides])
+        takeover = ["--takeover"] if self.takeover else []
+        return shlex.join([self.config, *takeover, *self.overrides])
 
 
 def job(
@@ -168,8 +182,11 @@ def setup(resource: QueuedResource, what: Job) -> None:
 
 
 def start(resource: QueuedResource, what: Job) -> None:
-    """Starts training on all hosts, where it was installed."""
-    resource.ssh(f"sudo bash {_WORKER} start {what.arguments}")
+    """Starts training on all hosts where it was installed, and does not run."""
+    script = _START.format(
+        home=_HOME, prepare=what.prepare, worker=_WORKER, arguments=what.arguments
+    )
+    resource.ssh(f"sudo bash -c {shlex.quote(script)} start")
 
 
 def stop(resource: QueuedResource) -> str:
@@ -180,7 +197,8 @@ def stop(resource: QueuedResource) -> str:
 def ask(resource: QueuedResource) -> str:
     """What the hosts report of themselves, for `read_reports`."""
     absent = 'echo "@llamapro $(hostname) none - -"'
-    return resource.ssh(f"if test -e {_WORKER}; then sudo bash {_WORKER} status; else {absent}; fi")
+    command = f"if test -e {_WORKER}; then sudo bash {_WORKER} status; else {absent}; fi"
+    return resource.ssh(command, asks=True)
 
 
 def log(

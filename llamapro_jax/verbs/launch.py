@@ -56,7 +56,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spot", action="store_true", help="on spot machines")
     parser.add_argument("--reservation", metavar="NAME", help="on reserved machines")
     parser.add_argument(
-        "--max-restarts", metavar="N", type=int, default=10, help="after failures; default: 10"
+        "--max-restarts", metavar="N", type=int, default=100, help="after failures; default: 100"
     )
     parser.add_argument(
         "--grace", metavar="SECONDS", type=int, default=600, help="to save when stopped; 600"
