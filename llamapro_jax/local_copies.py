@@ -50,7 +50,7 @@ def fetched(
     """The local copy of a remote directory or file; of a local one, itself.
 
     only: patterns of the names at the top of the directory. without: names at the top of it that
-    are left out. fresh: copy everything anew.
+    are left out. fresh: copy everything anew, and keep nothing that the store has not.
     Raises UserError when there is nothing, or no room for it, and Unreachable.
     """
     path = as_path(place)
@@ -59,15 +59,21 @@ def fetched(
     target = root() / path.scheme / str(path).partition("://")[2]
     with _locked(path):
         files = _in_store(path, without)
-        record = {} if fresh else _recorded(path)
+        record = _recorded(path)
         missing = {
             name: info
             for name, info in files.items()
             if any(fnmatch(_top(name), pattern) for pattern in only)
-            and not (record.get(name) == _tag(info) and _is_there(_within(target, name), info))
+            and (
+                fresh
+                or record.get(name) != _tag(info)
+                or not _is_there(_within(target, name), info)
+            )
         }
         _check_room(path, target, missing)
-        gone = {name for name in set(record) - set(files) if _top(name) not in without}
+        # The record may have been lost, and a directory above or below this one has its own.
+        here = set(record) | (_copied(target) if fresh else set())
+        gone = {name for name in here - set(files) if _top(name) not in without}
         for name in gone:
             _within(target, name).unlink(missing_ok=True)
         kept = {name: record[name] for name in set(record) - gone - set(missing)}
@@ -148,6 +154,14 @@ def _within(target: Path, name: str) -> Path:
 def _tag(info: Mapping[str, Any]) -> str:
     found = next((str(info[name]) for name in _TAGS if info.get(name)), "")
     return f"{info['size']} {found}"
+
+
+def _copied(target: Path) -> set[str]:
+    """The names of all files that are here, but for those that are only coming."""
+    files = (file for file in target.rglob("*") if not file.is_dir())
+    return {
+        file.relative_to(target).as_posix() for file in files if not file.name.startswith(".tmp-")
+    }
 
 
 def _is_there(file: Path, info: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -225,6 +226,19 @@ def test_a_copy_is_made_once_and_follows_the_store(memory: RemotePath) -> None:
     assert [p.name for p in fetched(str(memory)).rglob("*") if p.is_file()] == ["b"]
     (copy / "below" / "b").write_text("TWO")
     assert (fetched(str(memory), fresh=True) / "below" / "b").read_text() == "two"
+
+
+@pytest.mark.parametrize("record", ["kept", "lost", "of the directory above"])
+def test_a_fresh_copy_has_nothing_that_the_store_lost(memory: RemotePath, record: str) -> None:
+    """Or `llamapro verify` would read a shard that is no more."""
+    for name in ("shard-0", "below/shard-1"):
+        (memory / name).write_text(name)
+    fetched(str(memory.parent if record == "of the directory above" else memory), fresh=True)
+    if record == "lost":
+        shutil.rmtree(local_copies.root() / ".records")
+    (memory / "below/shard-1").unlink()
+    copy = fetched(str(memory), fresh=True)
+    assert [p.name for p in copy.rglob("*") if p.is_file()] == ["shard-0"]
 
 
 def test_parts_of_a_directory_are_copied_beside_each_other(memory: RemotePath) -> None:
