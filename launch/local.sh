@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: launch/local.sh [--accelerator KIND] [--dry-run] CONFIG [key.path=value ...]
+usage: launch/local.sh [--accelerator KIND] [--dry-run] [--takeover] CONFIG [key.path=value ...]
        launch/local.sh [--accelerator KIND] [--dry-run] --install-only
 
 Sets up an environment for this machine (once) and trains in it: the entry of every launcher,
@@ -13,6 +13,7 @@ Sets up an environment for this machine (once) and trains in it: the entry of ev
   --accelerator KIND   cpu, cuda12, cuda13 or tpu; without it, what the NVIDIA driver can run,
                        or cpu when there is none
   --install-only       set up and stop
+  --takeover           end the run that trains in the output directory now, and go on from there
   --dry-run            print the commands, run none
   --help               this text
 
@@ -79,8 +80,9 @@ find_python() {
 # The stamp is written last and compared with pyproject.toml, so that an interrupted or outdated
 # install is done again.
 install() {
-  local extra="" stamp="$venv/.stamp-$accelerator"
-  if [[ "$accelerator" != cpu ]]; then extra="[$accelerator]"; fi
+  # gcs: an output may be gs://...
+  local extra="[gcs]" stamp="$venv/.stamp-$accelerator"
+  if [[ "$accelerator" != cpu ]]; then extra="[$accelerator,gcs]"; fi
   if [[ -e "$stamp" && ! "$root/pyproject.toml" -nt "$stamp" ]]; then return; fi
   echo "Installing llamapro_jax$extra into $venv (some minutes the first time)" >&2
   local python
@@ -93,6 +95,7 @@ install() {
 accelerator=""
 dry_run=0
 install_only=0
+takeover=()
 while (($# > 0)); do
   case "$1" in
     --help | -h) usage; exit 0 ;;
@@ -103,6 +106,7 @@ while (($# > 0)); do
       ;;
     --dry-run) dry_run=1; shift ;;
     --install-only) install_only=1; shift ;;
+    --takeover) takeover=(--takeover); shift ;;
     -*) die "unknown option $1; launch/local.sh --help lists them" ;;
     *) break ;;
   esac
@@ -133,7 +137,7 @@ install
 if ((install_only)); then exit 0; fi
 # Named, so that jax stops when it cannot start the accelerator, and does not train on the CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-$platforms}"
-entry=("$venv/bin/python" -m llamapro_jax.launch.entry)
+entry=("$venv/bin/python" -m llamapro_jax.launch.entry ${takeover[@]+"${takeover[@]}"})
 if ((dry_run)); then
   run env "JAX_PLATFORMS=$JAX_PLATFORMS" "${entry[@]}" "$@"
 else

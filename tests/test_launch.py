@@ -52,11 +52,11 @@ def test_help_names_every_option(machine: Machine, script: str) -> None:
 @pytest.mark.parametrize(
     ("driver", "extra", "platforms"),
     [
-        (None, "", "cpu"),
-        ("580.65.06", "[cuda13]", "cuda,cpu"),
-        ("550.54.15", "[cuda12]", "cuda,cpu"),
-        ("470.82.01", "", "cpu"),
-        ("No devices were found", "", "cpu"),
+        (None, "[gcs]", "cpu"),
+        ("580.65.06", "[cuda13,gcs]", "cuda,cpu"),
+        ("550.54.15", "[cuda12,gcs]", "cuda,cpu"),
+        ("470.82.01", "[gcs]", "cpu"),
+        ("No devices were found", "[gcs]", "cpu"),
     ],
 )
 def test_local_takes_what_the_driver_runs(
@@ -71,6 +71,13 @@ def test_local_takes_what_the_driver_runs(
     assert machine.record()[-1] == (
         f"llamapro llamapro_jax.launch.entry configs/tiny.yaml steps=3 (JAX_PLATFORMS={platforms})"
     )
+
+
+@pytest.mark.parametrize("arguments", [["--takeover", "configs/tiny.yaml"], ["configs/tiny.yaml", "--takeover"]])  # noqa: E501  # fmt: skip
+def test_local_hands_takeover_on(machine: Machine, checkout: Path, arguments: list[str]) -> None:
+    assert machine.run("launch/local.sh", *arguments, "steps=3", cwd=checkout).returncode == 0
+    started = " ".join(["llamapro llamapro_jax.launch.entry", *arguments, "steps=3"])
+    assert machine.record()[-1] == f"{started} (JAX_PLATFORMS=cpu)"
 
 
 def test_local_installs_once_and_again_when_pyproject_changes(
@@ -109,7 +116,7 @@ def test_local_dry_run_changes_nothing(machine: Machine, checkout: Path) -> None
     machine.put_driver("580.1")
     result = machine.run("launch/local.sh", "--dry-run", "configs/tiny.yaml", cwd=checkout)
     assert result.returncode == 0, result.stderr
-    assert f"--editable {checkout}\\[cuda13\\]" in result.stdout
+    assert f"--editable {checkout}\\[cuda13\\,gcs\\]" in result.stdout
     assert "launch.entry configs/tiny.yaml" in result.stdout
     assert machine.installs() == []
     assert not list(checkout.glob(".venv*"))

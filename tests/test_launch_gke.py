@@ -134,7 +134,7 @@ def test_the_schema_refuses_what_is_wrong() -> None:
     text = rendered(CONFIG, "v5p-128")
     for old, new in (
         ("action: FailJobSet", "action: StopJobSet"),
-        ("maxRestarts: 10", "maxRestarts: ten"),
+        ("maxRestarts: 100", "maxRestarts: ten"),
         ("completionMode: Indexed", "completionmode: Indexed"),
         ("terminationGracePeriodSeconds: 600", "gracePeriodSeconds: 600"),
         ("operator: NotIn", "operators: NotIn"),
@@ -182,6 +182,7 @@ def test_gpu_nodes_find_each_other_and_their_network(name: str) -> None:
     _, job_set = documents(rendered(CONFIG, name, name="first"))
     [trainer] = pod(job_set)["containers"]
     environment = {entry["name"]: entry.get("value") for entry in trainer["env"]}
+    assert "LLAMAPRO_RESTARTS" in environment
     assert environment["JAX_COORDINATOR_ADDRESS"] == "first-train-0-0.first:8476"
     assert environment["JAX_NUM_PROCESSES"] == "2"
     # The networks are asked for, and the plugin's own script sets NCCL's environment.

@@ -330,6 +330,8 @@ def test_the_launcher_shows_what_it_would_start(capsys: pytest.CaptureFixture[st
         assert words[-4:] == ["-m", "llamapro_jax.launch.entry", "a.yaml", "b=1"]
         assert f"JAX_PROCESS_ID={index}" in words and "JAX_NUM_PROCESSES=2" in words
     assert len(lines) == 2
+    assert local.main(["--dry-run", "--", "train", "--takeover", "a.yaml"]) == 0
+    assert "launch.entry --takeover a.yaml\n" in capsys.readouterr().out
 
 
 @pytest.fixture
