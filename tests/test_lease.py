@@ -182,9 +182,8 @@ def test_a_start_that_gives_up_asks_no_more(
         (lambda d: write(d, elsewhere(0)), "process 7 on far-away, one of 2 took the run over"),
         (lambda d: write(d, elsewhere(0), REQUEST_FILE), "one of 2 takes the run over"),
         (lambda d: (d / LEASE_FILE).unlink(), "its lease, lease.json, is gone"),
-        (lambda d: (d / LEASE_FILE).write_text("?"), "its lease, lease.json, is damaged"),
     ],
-    ids=["taken", "asked", "gone", "damaged"],
+    ids=["taken", "asked", "gone"],
 )
 def test_what_is_lost_is_seen_at_the_next_look(
     tmp_path: Path,
@@ -206,8 +205,79 @@ def test_what_is_lost_is_seen_at_the_next_look(
         assert lost.value.status == exit_codes.TAKEN_OVER == 45
         assert digests(tmp_path) == before
     # The answer to a request is that the lease is gone; another's stays.
-    found = Owner.parse((tmp_path / LEASE_FILE).read_text()) if "took" in why else None
-    assert (tmp_path / LEASE_FILE).exists() == (found is not None or "damaged" in why)
+    assert (tmp_path / LEASE_FILE).exists() == ("took" in why)
+
+
+def test_a_damaged_lease_is_written_anew_by_its_owner(tmp_path: Path, quick: None) -> None:
+    with Lease() as lease:
+        lease.take(tmp_path)
+        (tmp_path / LEASE_FILE).write_text("?")
+        lease.confirm()
+        deadline = time.monotonic() + 10
+        while (tmp_path / LEASE_FILE).read_text() == "?" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert read(tmp_path)["pid"] == os.getpid()
+        lease.confirm()
+        lease.check()
+
+
+def test_a_damaged_lease_is_lost_when_others_had_the_time_to_take_it(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEW", 1000.0)
+    with Lease() as lease:
+        lease.take(tmp_path)
+        (tmp_path / LEASE_FILE).write_text("?")
+        lease._sure -= 100
+        with pytest.raises(TakenOver, match=r"its lease, lease.json, is damaged"):
+            lease.confirm()
+
+
+def no_locks(*_: Any) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+def test_a_request_that_a_killed_start_left_ends_nobody(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write(tmp_path, elsewhere(100))
+    write(tmp_path, elsewhere(50, owner="killed"), REQUEST_FILE)
+    with Lease() as lease:
+        lease.take(tmp_path)
+        lease.confirm()
+        assert not (tmp_path / REQUEST_FILE).exists()
+
+
+def test_a_renewal_that_hung_ends_its_own_run_and_not_the_successor(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr(Lease, "_end", lambda self, message: None)
+    first, second = Lease(), Lease()
+    hangs, goes_on, real = threading.Event(), threading.Event(), leases._write
+
+    def write_late(file: Path, owner: Owner) -> None:
+        if owner.owner == first._me.owner and first._thread.ident and not goes_on.is_set():
+            hangs.set()
+            goes_on.wait(60)
+        real(file, owner)
+
+    with first, second:
+        first.take(tmp_path)
+        monkeypatch.setattr(leases, "_write", write_late)
+        assert hangs.wait(10)
+        assert second.take(tmp_path) is not None
+        goes_on.set()
+        with pytest.raises(TakenOver, match="took the run over"):
+            for _ in range(20):
+                first.confirm()
+                time.sleep(0.1)
+        first.__exit__()
+        for _ in range(5):
+            second.confirm()
+            time.sleep(0.2)
+        assert read(tmp_path)["owner"] == second._me.owner
 
 
 def test_after_a_suspension_nothing_goes_on_unasked(
@@ -236,16 +306,23 @@ def test_a_directory_that_cannot_be_read_for_a_moment_is_still_ours(
         monkeypatch.setattr(leases, "_text", broken)
         lease.confirm()
         lease._sure -= 100
+        # Training goes on; nothing is written.
+        lease.check()
+        began = time.monotonic()
+        lease.check()
+        assert time.monotonic() - began < 0.2
         with pytest.raises(OSError, match="Input/output"):
             lease.confirm()
+        monkeypatch.undo()
+        write(tmp_path, elsewhere(0))
+        lease._failed = 0.0
+        with pytest.raises(TakenOver):
+            lease.check()
 
 
 def test_without_locks_of_two_starts_one_stands(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_locks(*_: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr(leases, "EXPIRY", 5.0)
     found: list[str] = []

@@ -105,6 +105,9 @@ class Lease:
         self._directory: Path | None = None
         self._sure = 0.0  # when it last was certainly ours, in seconds of the wall clock
         self._lost: str | None = None
+        self._others = False  # whether it was lost because another's lies there
+        self._failed = 0.0  # when `check` last could not read it
+        self._doubtful_until = 0.0  # see `_renew`; monotonic
         # How long the main thread then has to end the run, before the process is ended under it.
         self._patience = SETTLE
         self._over = threading.Event()
@@ -124,11 +127,12 @@ class Lease:
             raise
         self._directory = directory
         self._renew()
+        # One that was killed while it asked would block the run for ever; who lives asks again.
+        (directory / REQUEST_FILE).unlink(missing_ok=True)
         if not self.lock.held:
             # Nothing else keeps two starts at the same moment apart.
             time.sleep(SETTLE)
             self.confirm()
-        (directory / REQUEST_FILE).unlink(missing_ok=True)
         self._thread.start()
         return former
 
@@ -146,12 +150,23 @@ class Lease:
     # ----------------------------------------------------------------- keeping it
 
     def check(self) -> None:
-        """Raises TakenOver when it is known to be lost. Reads nothing unless that is long ago."""
+        """Raises TakenOver when it is known to be lost. Reads nothing unless that is long ago.
+
+        A directory that cannot be read ends no training: what is written to it is preceded by
+        `confirm`.
+        """
         if self._lost is not None:
             raise TakenOver(self._lost)
         # After a suspension the others may have waited long enough to take it.
-        if self._directory is not None and time.time() - self._sure > EXPIRY / 2:
+        now = time.time()
+        if self._directory is None or now - self._sure <= EXPIRY / 2:
+            return
+        if 0 <= now - self._failed < RENEW:  # or each step would wait for it
+            return
+        with suppress(OSError):
             self.confirm()
+        if now - self._sure > EXPIRY / 2:
+            self._failed = time.time()
 
     def confirm(self) -> None:
         """Reads whether the directory is still this run's. Raises TakenOver."""
@@ -167,6 +182,8 @@ class Lease:
         Raises OSError when the directory cannot be read for so long that it may be another's.
         """
         assert self._directory is not None
+        while (doubtful := self._doubtful_until - time.monotonic()) > 0:
+            time.sleep(min(doubtful, _POLL))
         deadline = time.monotonic() + SETTLE
         while True:
             try:
@@ -181,16 +198,26 @@ class Lease:
                         return None
                     raise
             time.sleep(_POLL)
-        if found is None:
-            state = "is gone" if text is None else "is damaged"
-            return self._told(f"its lease, {LEASE_FILE}, {state}, so that others may have it")
-        if found.owner != self._me.owner:
+        if text is None:
+            return self._told(f"its lease, {LEASE_FILE}, is gone, so that others may have it")
+        if found is None and time.time() - self._sure >= EXPIRY:
+            return self._told(f"its lease, {LEASE_FILE}, is damaged, so that others may have it")
+        if found is not None and found.owner != self._me.owner and not self._outdated(found):
+            self._others = True
             return self._told(f"{found} took the run over")
         if asked is not None and asked.owner != self._me.owner:
             self._patience = GRACE
             return self._told(f"{asked} takes the run over")
-        self._sure = time.time()
+        if found is not None and found.owner == self._me.owner:
+            self._sure = time.time()
+        # Else it is damaged or outdated, nobody had the time to take it, and it is written anew.
         return None
+
+    def _outdated(self, found: Owner) -> bool:
+        """Whether the one before wrote it so late, its disk hanging, that this run had it then."""
+        if time.time() - self._sure >= EXPIRY:
+            return False
+        return self._me.age() + EXPIRY / 2 < found.age()
 
     def _told(self, why: str) -> str:
         return (
@@ -204,8 +231,14 @@ class Lease:
             self.lock.take(self._directory)  # where the owner before hangs on to it
         lock = self.lock.place if self.lock.held else None
         self._me = replace(self._me, renewed=_now(), lock=lock)
+        began = time.time()
         _write(self._directory / LEASE_FILE, self._me)
-        self._sure = time.time()
+        if 0 <= time.time() - began <= EXPIRY / 2:
+            self._sure = time.time()
+        else:
+            # The write hung, and what it replaced may have been another's, who then soon writes
+            # it again: until that must be seen, nothing is believed.
+            self._doubtful_until = time.monotonic() + 2 * RENEW + SETTLE
 
     def _keep(self) -> None:
         """In a thread: renews the lease until it is over or lost."""
@@ -232,7 +265,9 @@ class Lease:
     # ----------------------------------------------------------------- giving it back
 
     def _give_back(self) -> None:
-        if self._directory is None:
+        # When its last write hung, what lies there may stand in the place of another's.
+        doubtful = time.monotonic() < self._doubtful_until
+        if self._directory is None or self._others or doubtful:
             return
         with suppress(OSError):
             found = Owner.parse(_text(self._directory / LEASE_FILE) or "")
