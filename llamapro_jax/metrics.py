@@ -14,9 +14,11 @@ dropped with one warning.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -35,6 +37,8 @@ from llamapro_jax.files import atomic_write
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_ID_FILE = "wandb_id"
+# A log that a run which goes on found damaged, as it was; a number follows where one lies there.
+DAMAGED = ".damaged"
 
 Record = dict[str, Any]
 # Kind, step and name of a record.
@@ -53,23 +57,47 @@ def read_metrics(path: str | Path) -> list[Record]:
     path = Path(path)
     if path.is_dir():
         path = path / METRICS_FILE
+    records, damaged = _parsed(path)
+    for number, line in damaged:
+        raise UserError(f"{path}:{number}: is not a line of metrics: {line[:60]!r}.")
+    return records
+
+
+def _parsed(path: Path) -> tuple[list[Record], list[tuple[int, bytes]]]:
+    """The records, and the damaged lines with their numbers, but for a last one cut off."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name the directory of a training run.") from None
-    records = []
+    records: list[Record] = []
+    damaged = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
             record = json.loads(line)
-            record["kind"], record["step"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number}: is not a line of metrics: {line[:60]!r}.") from None
+            if not (isinstance(record["kind"], str) and isinstance(record["step"], int)):
+                raise ValueError
+            hash(record.get("name"))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if number < len(lines):
+                damaged.append((number, line))
+            continue
         records.append(record)
-    return records
+    return records, damaged
+
+
+def _set_aside(path: Path, damaged: list[tuple[int, bytes]]) -> None:
+    names = (f"{path.name}{DAMAGED}{number or ''}" for number in itertools.count())
+    copy = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    shutil.copyfile(path, copy)
+    numbers = ", ".join(str(number) for number, _ in damaged[:5])
+    print(
+        f"warning: {path}: {len(damaged)} damaged lines are left out ({numbers}); as it was, the "
+        f"file is kept as {copy.name}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -148,7 +176,8 @@ class MetricsWriter:
 
     `resume_step`: the step of the checkpoint that the run goes on from. Later records are removed
     first (in one rename), and a record that is there already is not written again, so that the
-    file becomes what an uninterrupted run would have written. None begins an empty file.
+    file becomes what an uninterrupted run would have written. A damaged line is left out, and the
+    file as it was is kept beside it. None begins an empty file.
     `config`: the run's settings, shown by Weights & Biases. `silent`: of several processes one
     writes; the others only know what is recorded. `lost`: told, when it closes, which lines could
     not be written, if any: what `recorded` takes. Use as a context manager.
@@ -171,7 +200,10 @@ class MetricsWriter:
         path = self._path = directory / METRICS_FILE
         kept: list[Record] = []
         if resume_step is not None and path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+            records, damaged = _parsed(path)
+            kept = [record for record in records if record["step"] <= resume_step]
+            if damaged and not silent:
+                _set_aside(path, damaged)
         self._written = {_key(record) for record in kept}
         self._trackers: list[_Guarded] = []
         self._file: _Lines | None = None

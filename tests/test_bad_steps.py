@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.errors import UserError
 from llamapro_jax.metrics import read_metrics
 from llamapro_jax.optimizer import build_schedule
-from llamapro_jax.training import guard, loop, step
+from llamapro_jax.training import bad_steps, guard, loop, step
 from llamapro_jax.training.events import read_events
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.state import TrainState, leaf_path
@@ -146,6 +147,39 @@ def test_saved_numbers_give_the_same_bits() -> None:
     mesh = jax.make_mesh((1,), ("data",))
     assert bits(guard.restored(values, mesh)) == bits(state)
     assert bits(guard.restored(None, mesh)) == bits(guard.initial())
+
+
+@pytest.mark.parametrize("where", ["mkdir", "write"])
+def test_a_full_disk_while_the_rows_are_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    mixture = SimpleNamespace(places=lambda number: [("prose", 3)])
+    rows = {"train.prose": SimpleNamespace(path="texts", split="train")}
+    setup: Any = SimpleNamespace(
+        resume_step=None,
+        files=tmp_path,
+        data=SimpleNamespace(rows=rows, mixture=mixture),
+        config=SimpleNamespace(training=SimpleNamespace(bad_steps=3)),
+    )
+    values = {"bad": guard.NOT_FINITE, "loss": math.nan, "grad_norm": 1.0, "learning_rate": 0.1}
+    metrics = {name: jnp.asarray(v) for name, v in {**values, "in_a_row": 1, "skipped": 1}.items()}
+    said: list[str] = []
+    with monkeypatch.context() as inner:
+        if where == "mkdir":
+            inner.setattr(Path, "mkdir", full)
+        else:
+            inner.setattr(bad_steps, "write_json", full)
+        steps = bad_steps.BadSteps(setup, said.append)
+        steps.look(1, metrics)
+    assert "step 1: loss is nan; its update was skipped" in said[0]
+    assert "its rows could not be written to bad_steps/1.json (No space left on device)" in said[0]
+    assert [event["step"] for event in read_events(tmp_path, "update skipped")] == [1]
+    steps.look(2, metrics)
+    assert "its rows are in bad_steps/2.json" in said[1]
+    assert json.loads((tmp_path / "bad_steps/2.json").read_text())["rows"]
 
 
 # ------------------------------------------------------------------- in a run

@@ -91,6 +91,25 @@ def test_reading_names_what_is_wrong(tmp_path):
         read_metrics(path)
 
 
+@pytest.mark.parametrize("junk", [b"\x00" * 40, b'{"kind": 3}', b'{"kind": "train", "step": "x"}'])
+def test_a_damaged_line_does_not_hinder_going_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], junk: bytes
+) -> None:
+    write_run(tmp_path, 5)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for name in ("metrics.jsonl.damaged", "metrics.jsonl.damaged1"):
+        path.write_bytes(b"".join([*lines[:2], junk + b"\n", *lines[3:]]))
+        damaged = path.read_bytes()
+        with MetricsWriter(tmp_path, resume_step=4, silent=True):
+            assert capsys.readouterr().err == "" and path.read_bytes() == damaged
+        write_run(tmp_path, 5, resume_step=4)
+        assert path.read_bytes() == b"".join([*lines[:2], *lines[3:]])
+        assert (tmp_path / name).read_bytes() == damaged
+        said = capsys.readouterr().err
+        assert f"1 damaged lines are left out (3); as it was, the file is kept as {name}" in said
+
+
 # ------------------------------------------------------------------- trackers
 
 

@@ -42,10 +42,17 @@ class BadSteps:
             return
         values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         why = _reason(values)
-        self._write_down(step, values, why)
+        rows = f"its rows are in {BAD_STEPS}/{step}.json"
+        try:
+            self._write_down(step, values, why)
+        except OSError as error:  # a full disk ends no run
+            reason = error.strerror or error
+            rows = f"its rows could not be written to {BAD_STEPS}/{step}.json ({reason})"
+        if is_first():
+            record_event(self._setup.files, SKIPPED, step, why=why)
         self._say(
             f"WARNING: step {step}: {why}; its update was skipped ({values['in_a_row']} in a row, "
-            f"{values['skipped']} in all), its rows are in {BAD_STEPS}/{step}.json"
+            f"{values['skipped']} in all), {rows}"
         )
         if values["in_a_row"] >= self._setup.config.training.bad_steps:
             raise UserError(self._too_many(step, values, why))
@@ -72,7 +79,6 @@ class BadSteps:
             "rows": [{"source": name, "row": row} for name, row in batch],
         }
         write_json(directory / BAD_STEPS / f"{step}.json", record)
-        record_event(directory, SKIPPED, step, why=why)
 
     def _too_many(self, step: int, values: Mapping[str, Any], why: str) -> str:
         directory, many = self._setup.directory, values["in_a_row"]

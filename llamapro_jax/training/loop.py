@@ -398,6 +398,7 @@ def _save(run: _Progress) -> None:
         "seconds": run.elapsed(),
         "guard": run.state.guard.values(),
     }
+    _wait(run)
     run.display.message(f"step {run.step}: saving, 0 frozen bits changed")
     run.checkpoints.save(run.step, run.state.trainable, run.state.opt_state, meta)
 
@@ -405,8 +406,17 @@ def _save(run: _Progress) -> None:
 def _have_saved(run: _Progress) -> None:
     """Returns when this step is on disk. A save that failed is tried once more."""
     run.watchdog.progress(f"saving step {run.step}", slow=True)
-    while not (run.checkpoints.wait() and run.saved == run.step):
+    while not (_wait(run) and run.saved == run.step):
         _save(run)
+
+
+def _wait(run: _Progress) -> bool:
+    """As `Checkpoints.wait`, and says, for who reads the log, which step is whole on disk."""
+    before = run.checkpoints.saved
+    done = run.checkpoints.wait()
+    if run.checkpoints.saved != before:
+        run.display.message(f"step {run.checkpoints.saved}: saved")
+    return done
 
 
 def _save_failed(setup: Setup, step: int, reason: str) -> None:

@@ -107,9 +107,15 @@ class RunFiles:
             self._permitted()
             states = self._states()
             changed = [name for name, state in states.items() if self._known.get(name) != state]
-            # A file that is replaced meanwhile is copied the next time.
-            changed = [name for name in changed if (self.files / name).is_file()]
-            upload(self.files, self._remote, changed)
+            while changed:
+                # One that is replaced meanwhile is copied the next time. Trackers delete theirs.
+                changed = [name for name in changed if (self.files / name).is_file()]
+                try:
+                    upload(self.files, self._remote, changed)
+                    break
+                except FileNotFoundError:
+                    if all((self.files / name).is_file() for name in changed):
+                        raise
             self._known |= {name: states[name] for name in changed}
 
     def remove(self, name: str) -> None:
@@ -126,7 +132,7 @@ class RunFiles:
     def _copy_again(self) -> None:
         while not self._over.wait(EVERY):
             # Before the next checkpoint it is tried again, and told if that fails.
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 self.copy()
 
     def _states(self) -> dict[str, tuple[int, int]]:
@@ -149,7 +155,7 @@ class RunFiles:
         try:
             if kind is None or not issubclass(kind, TakenOver):
                 self.copy()
-        except UserError as error:
+        except (UserError, OSError) as error:
             if kind is None:
                 raise
             print(f"warning: the last lines of the log are lost: {error}", file=sys.stderr)
