@@ -157,7 +157,7 @@ SLURM = {"SLURM_JOB_ID": "77"}
 @pytest.fixture
 def cluster(machine: Machine, checkout: Path) -> Path:
     """A checkout with an environment, where `srun` ends with $STATUS."""
-    machine.put("srun", '#!/usr/bin/env bash\necho "srun $*" >>"$RECORD"\nexit "${STATUS:-0}"\n')
+    machine.put("srun", '#!/usr/bin/env bash\necho "srun ${*:6}" >>"$RECORD"\n"$1" "$2" "$3" "$4" "$5" bash -c "exit ${FIRST:-0}"\nexec "$1" "$2" "$3" "$4" "$5" bash -c "exit ${STATUS:-0}"\n')  # noqa: E501  # fmt: skip
     machine.put("scontrol", '#!/usr/bin/env bash\necho "scontrol $*" >>"$RECORD"\n')
     result = machine.run(
         "launch/local.sh", "--accelerator", "cuda12", "--install-only", cwd=checkout
@@ -187,14 +187,40 @@ def test_slurm_requeues_a_failing_job_so_many_times_and_a_stopped_one_always(
     machine: Machine, cluster: Path
 ) -> None:
     script = "launch/slurm.sbatch"
-    for status, requeued in ((43, False), (137, False), (42, True)):
+    for status, requeued in ((42, True), (43, True), (42, True), (137, True), (137, False), (42, True)):  # noqa: E501  # fmt: skip
+        before = machine.record().count("scontrol requeue 77")
         result = machine.run(
-            script, "configs/tiny.yaml", cwd=cluster, STATUS=str(status), MAX_REQUEUES="3",
-            SLURM_RESTART_COUNT="3", **SLURM,
+            script, "configs/tiny.yaml", cwd=cluster, STATUS=str(status), MAX_REQUEUES="2",
+            SLURM_RESTART_COUNT="30", **SLURM,
         )  # fmt: skip
         assert result.returncode == status
-        assert ("after 3 requeues; not requeued" in result.stderr) != requeued
-        assert ("scontrol requeue 77" in machine.record()) == requeued
+        assert ("after 2 failures; not requeued" in result.stderr) != requeued
+        assert machine.record().count("scontrol requeue 77") == before + requeued
+
+
+@pytest.mark.parametrize("statuses", [("45", "134"), ("134", "45"), ("45", "42")])
+def test_slurm_does_not_requeue_what_was_taken_over(
+    machine: Machine, cluster: Path, statuses: tuple[str, str]
+) -> None:
+    first, last = statuses
+    result = machine.run(
+        "launch/slurm.sbatch", "configs/tiny.yaml", cwd=cluster, FIRST=first, STATUS=last, **SLURM
+    )
+    assert result.returncode == 45
+    assert "scontrol requeue 77" not in machine.record()
+    assert list(cluster.glob("llamapro-77.*")) == []
+
+
+@pytest.mark.parametrize("status", [42, 137])
+def test_slurm_ends_with_the_status_where_it_cannot_requeue(
+    machine: Machine, cluster: Path, status: int
+) -> None:
+    machine.put("scontrol", "#!/usr/bin/env bash\nexit 1\n")
+    result = machine.run(
+        "launch/slurm.sbatch", "configs/tiny.yaml", cwd=cluster, STATUS=str(status), **SLURM
+    )
+    assert result.returncode == status
+    assert "could not be requeued; submit it again" in result.stderr
 
 
 def test_slurm_asks_for_gpus_by_node_and_for_a_signal() -> None:

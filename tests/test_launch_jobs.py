@@ -98,13 +98,14 @@ import os, pathlib, signal, subprocess, sys
 tasks = []
 def pass_on(number, frame):
     for task in tasks:
-        task.send_signal(number)
+        # As Slurm: all processes of the task.
+        os.killpg(task.pid, number)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
     signal.signal(number, pass_on)
 for index in range(2):
     step = {{"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
              "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}}
-    tasks.append(subprocess.Popen(sys.argv[1:], env=os.environ | step))
+    tasks.append(subprocess.Popen(sys.argv[1:], env=os.environ | step, start_new_session=True))
 pathlib.Path(os.environ["STEP"]).write_text(str(os.getpid()))
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
