@@ -202,6 +202,9 @@ def test_the_table_of_what_trains_is_printed(
     out = capsys.readouterr().out
     assert "new blocks" in out and "norms of base blocks" in out and "bfloat16  no" in out
     assert "0 of" in out
+    # Said once, when it is so: what starts a run again reads it.
+    assert out.count(": saved\n") == 1
+    assert out.index("step 2: saving, 0 frozen") < out.index("\nstep 2: saved\n")
     leaves = {d.parent.name for d in (tmp_path / "run/checkpoints/2/trainable").glob("*/.zarray")}
     assert "base.0.mlp_norm" in leaves and "final_norm" in leaves and "base.0.q" not in leaves
 

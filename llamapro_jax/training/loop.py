@@ -120,7 +120,7 @@ class _Progress:
     """What one go of a run carries along.
 
     seconds: spent training before this go. waiting: the metrics of the newest step, which may
-    still be running.
+    still be running. told: the newest step that the log says is saved.
     """
 
     setup: Setup
@@ -141,6 +141,7 @@ class _Progress:
     step: int = 0
     began: float = field(default_factory=time.monotonic)
     waiting: Any = None
+    told: int | None = None
 
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.began
@@ -412,10 +413,10 @@ def _have_saved(run: _Progress) -> None:
 
 def _wait(run: _Progress) -> bool:
     """As `Checkpoints.wait`, and says, for who reads the log, which step is whole on disk."""
-    before = run.checkpoints.saved
     done = run.checkpoints.wait()
-    if run.checkpoints.saved != before:
-        run.display.message(f"step {run.checkpoints.saved}: saved")
+    if run.checkpoints.saved != run.told:
+        run.told = run.checkpoints.saved
+        run.display.message(f"step {run.told}: saved")
     return done
 
 
