@@ -85,6 +85,7 @@ class Checkpoints:
     another thread than the caller's when that was in the background. permitted: called on the
     first process before anything is begun, committed or deleted; raises UserError when the
     directory is another run's. What is under way then stays uncommitted, and nothing is touched.
+    When it raises OSError, the directory cannot be read, and the save is a failed one.
     before: called there before each save, which fails when it raises Unreachable.
     """
 
@@ -102,13 +103,21 @@ class Checkpoints:
         self._keep, self._failed = keep, failed
         self._permitted, self._before = permitted, before
         self._under_way: _Save | None = None
+        # One that failed, to be removed when the directory can be read; and whether it failed for
+        # nothing but that, and may be whole.
+        self._failed_step: tuple[int, bool] | None = None
         self._failures: list[int] = []
         self._deleting: list[threading.Thread] = []
         self._barrier = _Barrier()
         logging.getLogger("absl").addFilter(_not_expected)
         from_first(self._permitted)
-        from_first(lambda: remove_leftovers(self.directory))
+        from_first(self._clean)
         self._manager = self._new_manager()
+
+    def _clean(self) -> None:
+        if removed := remove_leftovers(self.directory):
+            names = ", ".join(removed)
+            print(f"{self.directory}: removed what no save finished: {names}", flush=True)
 
     def _new_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -141,12 +150,14 @@ class Checkpoints:
         that one failed and there is no room for this one.
         """
         self.wait()
-        from_first(self._permitted)
         trees = {TRAINABLE: trainable, OPTIMIZER: optimizer}
-        no_room = from_first(lambda: self._no_room(trees))
-        if no_room is not None:
-            self._report(step, no_room)
-            self._count_failure(step, no_room)
+        reason = self._unreadable() or from_first(lambda: self._no_room(trees))
+        if reason is not None:
+            self._report(step, reason)
+            self._count_failure(step, reason)
+            return
+        self._clear_up()
+        if self.saved == step:  # it was whole after all
             return
         meta = sealed({**meta, "step": step, "leaves": _described(trees)})
         arguments = ocp.args.Composite(
@@ -171,27 +182,53 @@ class Checkpoints:
             return not self._failures
         directory = self.directory / str(save.step)
         mine = save.end()
-        from_first(self._permitted)
-        reason = first_given(mine) or from_first(lambda: _problem_of(directory))
+        unreadable = self._unreadable()
+        broken = first_given(mine)
+        reason = broken or unreadable or from_first(lambda: _problem_of(directory))
         if reason is None:
             self.saved, self._failures = save.step, []
             from_first(lambda: self._delete_old(max(self._keep, _ALWAYS_KEPT)))
             return True
         if mine is None:
             self._report(save.step, reason)
-        # Orbax does not get over a failed save: its part of the disk, and the memory of it, go.
-        from_first(lambda: remove_step(directory))
+        self._failed_step = (save.step, broken is None and unreadable is not None)
+        if unreadable is None:
+            self._clear_up()
+        self._count_failure(save.step, reason)
+        return False
+
+    def _unreadable(self) -> str | None:
+        """Why the directory cannot be read, and so nobody knows whose it is. Raises UserError."""
+
+        def ask() -> str | None:
+            try:
+                self._permitted()
+            except OSError as error:
+                return first_line(error)
+            return None
+
+        return from_first(ask)
+
+    def _clear_up(self) -> None:
+        """After a failed save: the directory can be read."""
+        if self._failed_step is None:
+            return
+        (step, may_be_whole), self._failed_step = self._failed_step, None
+        directory = self.directory / str(step)
+        if may_be_whole and from_first(lambda: _problem_of(directory)) is None:
+            self.saved, self._failures = step, []
+        else:
+            from_first(lambda: remove_step(directory))
+        # Orbax does not get over a failed save: the memory of it goes too.
         with suppress(Exception):
             self._manager.close()
         self._manager = self._new_manager()
-        self._count_failure(save.step, reason)
-        return False
 
     def finish(self) -> None:
         """At the end of a run, when its last step is on disk: all but the newest `keep` go."""
         self.wait()
-        from_first(self._permitted)
-        from_first(lambda: self._delete_old(self._keep))
+        if self._unreadable() is None:
+            from_first(lambda: self._delete_old(self._keep))
 
     def close(self) -> None:
         """Waits for what is under way. Raises UserError as `wait`."""
@@ -220,7 +257,7 @@ class Checkpoints:
     def _no_room(self, trees: Any) -> str | None:
         try:
             self._before()
-        except Unreachable as error:
+        except OSError as error:
             return first_line(error)
         if isinstance(self.directory, RemotePath):  # a bucket is never full
             return None

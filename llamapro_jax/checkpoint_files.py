@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -32,7 +33,16 @@ import numpy as np
 from llamapro_jax.checksum import host_checksum
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays
-from llamapro_jax.remote import RemotePath, Unreachable, as_path, remove, sizes
+from llamapro_jax.remote import (
+    RemotePath,
+    Unreachable,
+    as_path,
+    raise_if_unreachable,
+    remove,
+    sizes,
+)
+
+log = logging.getLogger(__name__)
 
 TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
 ITEMS = (TRAINABLE, OPTIMIZER)
@@ -73,6 +83,21 @@ def committed_steps(directory: str | Directory) -> list[int]:
 
 
 # ------------------------------------------------------------------- what does not count
+
+
+def steps_without_commit(directory: Directory) -> list[int]:
+    """The steps that are whole but for the commit file, where no step has one and several lack it.
+
+    A save that was killed leaves one such step, and beside steps that were committed. Several and
+    nothing else is what a copy leaves that passed the commit files over.
+    """
+    if not directory.is_dir() or committed_steps(directory):
+        return []
+    numbers = sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    if len(numbers) < 2:
+        return []
+    whole = [step for step in numbers if missing_file(directory / str(step)) is None]
+    return whole if len(whole) > 1 else []
 
 
 def steps_set_aside(directory: Directory) -> list[str]:
@@ -117,14 +142,29 @@ def remove_step(step: Directory) -> None:
 
 
 def remove_leftovers(directory: Directory) -> list[str]:
-    """Removes what saves and deletions left that did not come to their end. Returns the names."""
+    """Removes what saves and deletions left that did not come to their end. Returns the names.
+
+    What cannot be removed stays, with a warning: on NFS, files that a dying process has open.
+    """
     removed = []
     for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
         dead = entry.name.isdecimal() and not (entry / COMMIT_FILE).is_file()
         if entry.is_dir() and (dead or _LEFTOVER.fullmatch(entry.name)):
-            remove(entry)
-            removed.append(entry.name)
+            try:
+                remove(_out_of_the_way(entry))
+            except OSError as error:
+                log.warning("%s: is left of a save and cannot be removed (%s)", entry, error)
+            else:
+                removed.append(entry.name)
     return removed
+
+
+def _out_of_the_way(entry: Directory) -> Directory:
+    """Under another name, where that is one act, so that the step can be saved anew."""
+    if isinstance(entry, Path) and entry.name.isdecimal():
+        with suppress(OSError):
+            return entry.rename(entry.with_name(f".deleted-{entry.name}"))
+    return entry
 
 
 # ------------------------------------------------------------------- the meta item
@@ -145,9 +185,8 @@ def read_meta(step: Directory) -> dict[str, Any]:
     """The meta item of a step. Raises Damaged unless it is what was saved."""
     try:
         meta = json.loads((step / _META_FILE).read_bytes())
-    except Unreachable:
-        raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
+        raise_if_unreachable(step / _META_FILE, error)
         raise Damaged(step, f"{_META_FILE}: {first_line(error)}") from None
     if isinstance(meta, dict) and "checksums" in meta and "digest" not in meta:
         raise UserError(
@@ -173,9 +212,8 @@ def stored_arrays(step: Directory, item: str, leaves: Mapping[str, Any]) -> Stac
     for leaf, saved in leaves.items():
         try:
             found = {"shape": list(arrays.shape(leaf)), "dtype": arrays.dtype(leaf).name}
-        except Unreachable:
-            raise
         except Exception as error:  # whatever TensorStore makes of a damaged file
+            raise_if_unreachable(arrays.directory / leaf, error)
             raise _unreadable(arrays, leaf, error) from None
         for what, value in found.items():
             if value != saved[what]:
@@ -188,9 +226,8 @@ def read_leaf(arrays: StackedArrays, leaf: str, *place: Any) -> Any:
     """As `StackedArrays.read`, raising Damaged."""
     try:
         return arrays.read(leaf, *place)
-    except Unreachable:
-        raise
     except Exception as error:
+        raise_if_unreachable(arrays.directory / leaf, error)
         raise _unreadable(arrays, leaf, error) from None
 
 

@@ -29,6 +29,7 @@ from llamapro_jax.checkpoint_files import (
     read_meta,
     set_aside,
     steps_set_aside,
+    steps_without_commit,
     stored_arrays,
     wrong_checksum,
 )
@@ -64,8 +65,20 @@ def abstract(tree: Any) -> Any:
 
 
 def check_not_lost(directory: str | Directory) -> None:
-    """Raises CheckpointLost when steps were set aside and none is left."""
+    """Raises CheckpointLost when steps were set aside or lost their commit files, and none is left.
+
+    To be asked before `Checkpoints` is made, which removes what has no commit file.
+    """
     directory = as_path(directory)
+    uncommitted = steps_without_commit(directory)
+    if uncommitted:
+        files = ", ".join(f"{step}/{COMMIT_FILE}" for step in uncommitted)
+        raise CheckpointLost(
+            f"{directory}: the steps {', '.join(map(str, uncommitted))} are whole, but without "
+            f"their commit files, as after a copy that left them out. Put back {files} (they may "
+            "be empty: every array is compared with its checksum when it is read), or remove this "
+            "directory to begin anew."
+        )
     aside = steps_set_aside(directory)
     if aside and not committed_steps(directory):
         raise CheckpointLost(

@@ -12,6 +12,7 @@ file that is missing or damaged.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -50,7 +51,10 @@ _REFUSED = re.compile(
 
 
 class Unreachable(UserError, OSError):
-    """A remote directory cannot be used: no package, no permission, or no answer."""
+    """A directory cannot be used: no package, no permission, no answer, no room or handles here.
+
+    It says nothing about what lies there.
+    """
 
 
 def is_remote(place: Any) -> bool:
@@ -345,10 +349,30 @@ _NO_FAULT_OF_THE_DATA = re.compile(
 )
 
 
+# Of the system: a lost file, a directory in its place or the other way round, a disk that cannot
+# read a block. All else (no handle left, no permission, a mount that is gone) says nothing either.
+_OF_THE_DATA = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+
+
 def raise_if_unreachable(directory: Path | RemotePath, error: BaseException) -> None:
-    """Raises Unreachable when TensorStore failed on the way, not on what it read."""
-    if isinstance(directory, RemotePath) and _NO_FAULT_OF_THE_DATA.match(str(error)):
+    """Raises Unreachable when reading failed on the way or on this host, not on what was read."""
+    if isinstance(error, Unreachable):
+        raise error
+    if isinstance(error, OSError):
+        ours = error.errno is not None and error.errno not in _OF_THE_DATA
+    else:
+        text = str(error)
+        ours = isinstance(error, MemoryError) or _NO_FAULT_OF_THE_DATA.match(text) is not None
+    if not ours:
+        return
+    if isinstance(directory, RemotePath) and not isinstance(error, MemoryError):
         raise unreachable(directory, error) from None
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    raise Unreachable(
+        f"{directory}: this host cannot read it ({reason[:200]}), which says nothing about what is "
+        "there. See to its memory, its limit of open files (`ulimit -n`), the permissions and the "
+        "mount, and run it again."
+    ) from None
 
 
 # ------------------------------------------------------------------- directories

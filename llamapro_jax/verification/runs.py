@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamapro_jax.checkpoint_files import committed_steps, verify_step
+from llamapro_jax.checkpoint_files import (
+    COMMIT_FILE,
+    committed_steps,
+    steps_without_commit,
+    verify_step,
+)
 from llamapro_jax.config import RunConfig
 from llamapro_jax.files import read_json
 from llamapro_jax.fingerprint import FILE as FINGERPRINT_FILE
@@ -76,7 +81,10 @@ def _check_steps(findings: Findings, checkpoints: Path) -> None:
                     findings.problems.append(Problem(str(where), None, problem))
                 findings.count("steps")
             done(1)
-    if not steps:
+    uncommitted = steps_without_commit(checkpoints)
+    for step in uncommitted:
+        findings.problem(checkpoints / str(step), None, f"no {COMMIT_FILE}", "one, in a whole step")
+    if not steps and not uncommitted:
         findings.notes.append("no step was saved yet")
     if checkpoints.is_dir():
         known = {str(step) for step in steps}
