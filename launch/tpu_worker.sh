@@ -179,7 +179,7 @@ status() {
     status="$(cat "$home/ended" 2>/dev/null || echo -)"
   fi
   if [[ -e "$home/log" ]]; then
-    step="$(sed -nE 's/.*: going on from step ([0-9]+).*/\1/p; s/^step ([0-9]+): saving.*/\1/p' \
+    step="$(sed -nE 's/.*: going on from step ([0-9]+).*/\1/p; s/^step ([0-9]+): saved.*/\1/p' \
       "$home/log" | sort -n | tail -n 1)"
   fi
   echo "@llamapro $(hostname) $state $status ${step:--}"

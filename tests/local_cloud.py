@@ -60,7 +60,7 @@ while not (output / "finish").exists():
     if first and (stop.exists() or step % 2 == 0):
         (output / "step.new").write_text(str(step))
         (output / "step.new").rename(output / "step")
-        print(f"step {step}: saving, 0 frozen bits changed", flush=True)
+        print(f"step {step}: saving, 0 frozen bits changed\\nstep {step}: saved", flush=True)
     if stop.exists():
         sys.exit(42)
 """

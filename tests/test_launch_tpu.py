@@ -95,7 +95,7 @@ def test_a_run_by_hand(make: Callable[..., LocalCloud], tmp_path: Path) -> None:
     for host in hosts:
         assert (host / "opt/mounts").read_text() == "mounted {here}\n"
         assert (host / "opt/checkout" / CONFIG).exists()
-        wait_for(lambda log=host / "opt/log": log.read_text().count("\n") == 2, "no output")
+        wait_for(lambda log=host / "opt/log": log.read_text().count("\n") == 3, "no output")
         # The override arrives as one argument, its quotes and space kept.
         assert (
             f"['{CONFIG}', \"run.name=a 'b'\", 'output={output}']" in (host / "opt/log").read_text()
@@ -105,7 +105,7 @@ def test_a_run_by_hand(make: Callable[..., LocalCloud], tmp_path: Path) -> None:
     second = tpu_sh(cloud, "run", "my-tpu", CONFIG)
     assert second.returncode == 2 and "a training run is under way here" in second.stderr
     logs = tpu_sh(cloud, "logs", "my-tpu", "--worker", "1", "--lines", "1")
-    assert logs.stdout == "step 6: saving\n"
+    assert logs.stdout == "step 6: saved\n"
     stopped = tpu_sh(cloud, "stop", "my-tpu").stdout
     assert stopped == "".join(f"my-tpu-0-w-{i}: training saves and stops\n" for i in (0, 1))
     ended = [f"  my-tpu-0-w-{i}: stopped with status 42, step 6 saved" for i in (0, 1)]
@@ -119,6 +119,7 @@ import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
 print(sys.argv[3:], flush=True)
 print("step 6: saving", flush=True)
+print("step 6: saved", flush=True)
 time.sleep(300)
 """
 
@@ -152,7 +153,9 @@ def test_a_run_survives_a_signal_and_a_preemption(
 
     try:
         wait_for(lambda: step() >= 2, "training did not begin")
-        wait_for((output / "ready-3-0").exists, "the last host did not begin")
+        for host in range(4):
+            wait_for((output / f"ready-{host}-0").exists, f"host {host} did not begin")
+        wait_for(lambda: len(cloud.units()) == 4, "a host did not begin")
         os.kill(cloud.units()[3], signal.SIGTERM)
         wait_for(lambda: (output / "starts").read_text().count("\n") == 2, "not started again")
         wait_for(lambda: step() > starts()[1], "no progress")

@@ -181,9 +181,7 @@ class QueuedResource:
             "--node=all", "--worker=all", *self.ssh_flags,
         )  # fmt: skip
 
-    def _resource(
-        self, verb: str, *arguments: str, show: bool = False, asks: bool = False
-    ) -> str:
+    def _resource(self, verb: str, *arguments: str, show: bool = False, asks: bool = False) -> str:
         words = ("queued-resources", verb, self.name, *arguments)
         return self.gcloud.tpus(*words, show=show, asks=asks)
 
