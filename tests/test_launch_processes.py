@@ -353,7 +353,7 @@ def test_the_launcher_shows_who_failed(program: Path, capfd: pytest.CaptureFixtu
     assert local.main(["--", "train", "a.yaml"]) == 7
     out, errors = capfd.readouterr()
     assert out == "speaks 0: -m llamapro_jax.launch.entry a.yaml\n"
-    assert errors == "[1] speaks 1: -m llamapro_jax.cli train a.yaml\n[1] lost\n"
+    assert errors == "[1] speaks 1: -m llamapro_jax.launch.entry a.yaml\n[1] lost\n"
 
 
 @pytest.mark.parametrize("status", [2, 42, 44])
