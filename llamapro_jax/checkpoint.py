@@ -105,7 +105,7 @@ class Checkpoints:
         self._under_way: _Save | None = None
         # One that failed, to be removed when the directory can be read; and whether it failed for
         # nothing but that, and may be whole.
-        self._failed_step: tuple[int, bool] | None = None
+        self._failed_step: int | None = None
         self._failures: list[int] = []
         self._deleting: list[threading.Thread] = []
         self._barrier = _Barrier()
@@ -184,16 +184,18 @@ class Checkpoints:
         mine = save.end()
         unreadable = self._unreadable()
         broken = first_given(mine)
-        reason = broken or unreadable or from_first(lambda: _problem_of(directory))
+        reason = broken or unreadable or from_first(lambda: _problem_of(directory))[1]
         if reason is None:
             self.saved, self._failures = save.step, []
             from_first(lambda: self._delete_old(max(self._keep, _ALWAYS_KEPT)))
             return True
         if mine is None:
             self._report(save.step, reason)
-        self._failed_step = (save.step, broken is None and unreadable is not None)
+        self._failed_step = save.step
         if unreadable is None:
             self._clear_up()
+        if self.saved == save.step:  # it is whole all the same
+            return True
         self._count_failure(save.step, reason)
         return False
 
@@ -213,9 +215,12 @@ class Checkpoints:
         """After a failed save: the directory can be read."""
         if self._failed_step is None:
             return
-        (step, may_be_whole), self._failed_step = self._failed_step, None
+        step, self._failed_step = self._failed_step, None
         directory = self.directory / str(step)
-        if may_be_whole and from_first(lambda: _problem_of(directory)) is None:
+        known, problem = from_first(lambda: _problem_of(directory))
+        if not known:  # it may be whole: before the next save it is asked again
+            self._failed_step = step
+        elif problem is None:
             self.saved, self._failures = step, []
         else:
             from_first(lambda: remove_step(directory))
@@ -389,11 +394,12 @@ def _not_expected(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in _EXPECTED)
 
 
-def _problem_of(step: Directory) -> str | None:
+def _problem_of(step: Directory) -> tuple[bool, str | None]:
+    """Whether that is known, and why the step is not whole, or why nobody knows."""
     try:
-        return _not_written(step)
-    except Unreachable as error:
-        return first_line(error)
+        return True, _not_written(step)
+    except OSError as error:
+        return False, first_line(error)
 
 
 def _not_written(step: Directory) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from test_checkpoint import optimizer_state, restore, save, trainable
 
-from llamapro_jax import checkpoint_files
+from llamapro_jax import checkpoint, checkpoint_files
 from llamapro_jax.checkpoint import Checkpoints
 from llamapro_jax.checkpoint_files import (
     COMMIT_FILE,
@@ -120,6 +120,49 @@ def test_an_array_that_memory_does_not_hold_is_not_damaged(
     monkeypatch.setattr("llamapro_jax.flax_checkpoint._aligned_empty", full)
     with pytest.raises(Unreachable, match="Unable to allocate 18 GiB"):
         read_leaf(arrays, "new.1.q")
+
+
+def test_a_step_of_which_the_store_says_nothing_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole: that is asked again, before the next save."""
+
+    def silent(step: Path) -> None:
+        asked.append(step.name)
+        raise Unreachable("no answer")
+
+    asked: list[str] = []
+    told: list[tuple[int, str]] = []
+    tree = trainable(1)
+    with Checkpoints(tmp_path, 2, lambda *failed: told.append(failed)) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "missing_file", silent)
+            checkpoints.save(1, tree, optimizer_state(tree), {})
+            assert not checkpoints.wait()
+        assert (asked, told) == (["1"] * 2, [(1, "no answer")])
+        assert committed_steps(tmp_path) == [1] and checkpoints.saved is None
+        checkpoints.save(1, tree, optimizer_state(tree), {})  # as the end of a run tries again
+        assert checkpoints.wait() and checkpoints.saved == 1
+        checkpoints.save(2, tree, optimizer_state(tree), {})
+        assert checkpoints.wait() and checkpoints.saved == 2
+    assert committed_steps(tmp_path) == [1, 2]
+
+
+def test_what_is_known_to_be_half_written_goes_when_the_store_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(step: Path) -> None:
+        raise Unreachable("no answer")
+
+    tree = trainable(1)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "missing_file", silent)
+            checkpoints.save(1, tree, optimizer_state(tree), {})
+            assert not checkpoints.wait()
+        (tmp_path / "1/meta/metadata").unlink()
+        checkpoints.save(2, tree, optimizer_state(tree), {})
+    assert committed_steps(tmp_path) == [2] and not (tmp_path / "1").exists()
 
 
 # ------------------------------------------------------------------- commit files that are lost
