@@ -454,6 +454,44 @@ def test_what_is_not_permitted_is_neither_committed_nor_deleted(tmp_path: Path) 
         Checkpoints(tmp_path, 2, permitted=permitted)
 
 
+def test_a_directory_that_cannot_be_read_is_a_failed_save(tmp_path: Path) -> None:
+    told: list[tuple[int, str]] = []
+    readable = True
+
+    def permitted() -> None:
+        if not readable:
+            raise OSError(5, "Input/output error")
+
+    trees = trainable(), optimizer_state(trainable())
+    with Checkpoints(
+        tmp_path, 5, lambda step, reason: told.append((step, reason)), permitted
+    ) as checkpoints:
+        checkpoints.save(1, *trees, {})
+        assert checkpoints.wait() and checkpoints.saved == 1
+        readable = False
+        checkpoints.save(2, *trees, {})  # nothing is begun
+        assert not checkpoints.wait()
+        readable = True
+        checkpoints.save(3, *trees, {})
+        assert checkpoints.wait()
+        checkpoints.save(4, *trees, {})
+        checkpoints._under_way.end()  # type: ignore[union-attr]
+        readable = False
+        assert not checkpoints.wait()  # nobody knows
+        assert checkpoints.saved == 3
+        readable = True
+        checkpoints.save(4, *trees, {})
+        assert checkpoints.wait() and checkpoints.saved == 4
+        # Two in a row end the run all the same.
+        readable = False
+        checkpoints.save(5, *trees, {})
+        with pytest.raises(UserError, match=r"steps 5 and 6 could not be written .*Input/output"):
+            checkpoints.save(6, *trees, {})
+    assert committed_steps(tmp_path) == [1, 3, 4]
+    assert [step for step, _ in told] == [2, 4, 5, 6]
+    assert all("Input/output error" in reason for _, reason in told)
+
+
 def test_the_reason_is_not_cut_off_behind_long_paths() -> None:
     path = "/" + "long/" * 60
     error = (
