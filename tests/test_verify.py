@@ -233,6 +233,19 @@ def test_every_bit_of_an_export_counts(copy_of: Callable[[str], Path]) -> None:
     assert len(tensors) == 2 and all("sha256" in p.found for p in tensors)
 
 
+@pytest.mark.parametrize("name", ["flax", "export", "delta", "data"])
+@pytest.mark.parametrize("how", ["lost", "empty"])
+def test_what_lost_its_sums_is_not_good(
+    copy_of: Callable[[str], Path], name: str, how: str
+) -> None:
+    directory = copy_of(name)
+    [file] = directory.rglob(manifest.FILE)
+    file.unlink()
+    if how == "empty":
+        file.touch()
+    assert "SHA256SUMS: found no hashes, expected" in only_problem(verify(str(directory)))
+
+
 def test_a_file_that_was_put_beside_an_export_is_named(copy_of: Callable[[str], Path]) -> None:
     export = copy_of("export")
     (export / "README.md").write_text("my own card")

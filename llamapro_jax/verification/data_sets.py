@@ -36,7 +36,7 @@ def verify_data_set(findings: Findings, directory: Path) -> None:
             findings.notes.append(f"has no {FINGERPRINT_FILE} of `llamapro prepare`")
     if record is not None:
         _check_record(findings, directory, record)
-    check_files(findings, directory)
+    check_files(findings, directory, written=record is not None)
     features = builder.info.features
     if "tokens" not in features or len(features["tokens"].shape) != 1:
         findings.problem(directory, "features", list(features), "tokens [T]")
@@ -97,9 +97,7 @@ def _check_split(
     except (RuntimeError, ValueError, OSError) as error:
         findings.problem(directory, split, _first_line(error), "a split that can be opened")
         return
-    findings.compare(
-        directory, f"{split}: rows", count, builder.info.splits[split].num_examples
-    )
+    findings.compare(directory, f"{split}: rows", count, builder.info.splits[split].num_examples)
     counts = {"rows": count, "tokens": 0, "targets": 0, "largest_token": 0}
     bad: list[tuple[int, str]] = []
     with progress(f"rows of {split}", count) as done:

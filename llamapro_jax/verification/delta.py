@@ -87,9 +87,7 @@ def _check_base(
             if tensor.name in stored:
                 found = stored[tensor.name]
                 shape = weight.hf_shape(config)
-                findings.compare(
-                    found.file, tensor.name, f"shape {found.shape}", f"shape {shape}"
-                )
+                findings.compare(found.file, tensor.name, f"shape {found.shape}", f"shape {shape}")
             else:
                 findings.problem(directory, tensor.name, "no such tensor", "one")
     if len(findings.problems) == before:

@@ -23,16 +23,21 @@ class _Known:
     git: bool = False
 
 
-def check_files(findings: Findings, directory: Path, *, complete: bool = True) -> set[str]:
+def check_files(
+    findings: Findings, directory: Path, *, complete: bool = True, written: bool = True
+) -> set[str]:
     """Compares files with SHA256SUMS and with their names in a hub cache.
 
-    complete: SHA256SUMS lists all files, so that others are noted. Returns the names of those that
-    are what they should be.
+    complete: SHA256SUMS lists all files, so that others are noted. written: what wrote the
+    directory wrote a SHA256SUMS too, so that without one, or with an empty one, it lost it.
+    Returns the names of those that are what they should be.
     """
-    known = []
+    known: list[_Known] = []
     with findings.collecting(directory / manifest.FILE):
         sums = manifest.read_manifest(directory)
         known += [_Known(directory / name, digest) for name, digest in sums.items()]
+        if not sums and written:
+            findings.problem(directory / manifest.FILE, None, "no hashes", "those of the files")
         if sums and complete:
             _note_unlisted(findings, directory, set(sums))
     known += _blobs(directory)

@@ -91,9 +91,7 @@ def _check_leaves(
     for leaf, (_, shape) in expected.items():
         with findings.collecting(arrays.directory / leaf):
             found = arrays.shape(leaf)
-            if findings.compare(
-                arrays.directory / leaf, None, f"shape {found}", f"shape {shape}"
-            ):
+            if findings.compare(arrays.directory / leaf, None, f"shape {found}", f"shape {shape}"):
                 usable.add(leaf)
     present = {file.parent.name for file in arrays.directory.glob("*/.zarray")}
     for extra in sorted(present - set(expected)):

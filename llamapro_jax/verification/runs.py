@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llamapro_jax import manifest
 from llamapro_jax.checkpoint_files import (
     COMMIT_FILE,
     committed_steps,
@@ -47,7 +48,11 @@ def verify_run(findings: Findings, directory: Path, base: Source | None) -> None
         read_config(directory)
     check_tokenizer(findings, directory)
     # Not the log, the settings and what else a run changes while it goes on.
-    check_files(findings, directory, complete=False)
+    check_files(findings, directory, complete=False, written=False)
+    if not (directory / manifest.FILE).is_file():
+        findings.notes.append(
+            f"no {manifest.FILE}: config.json and the tokenizer were compared with nothing"
+        )
     _check_log(findings, directory)
     _check_texts(findings, directory / DATA)
     _check_steps(findings, directory / CHECKPOINTS)
