@@ -70,7 +70,8 @@ def test_a_resumed_run_compiles_nothing(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 
     first = train(cache, 2, arguments)
-    assert first["status"] == 42 and first["compiled"] > 3 and first["taken"] == 0
+    # It takes what it compiled itself: checksums are asked for in two precisions of products.
+    assert first["status"] == 42 and first["compiled"] > 3 >= first["taken"]
     resumed = train(cache, 0, arguments)
     assert resumed["status"] == 0 and resumed["compiled"] == 0 and resumed["taken"] > 3
 
