@@ -61,7 +61,7 @@ def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
         ('{"text": "a"', r"a\.jsonl:2: is not JSON \(.* at column 13\)"),
         ('["a"]', r"a\.jsonl:2: is a JSON list, not an object"),
         ('{"content": "a", "id": 3}', r"a\.jsonl:2: has no field 'text'; it has 'content', 'id'"),
-        ("{}", r"a\.jsonl:2: has no field 'text'; it has none\."),
+        ("{}", r"a\.jsonl:2: has no field 'text'; it has none; set `field`"),
         ('{"text": ["a"]}', r"a\.jsonl:2: 'text' is a list, not a string"),
         (r'{"text": "\ud800"}', r"a\.jsonl:2: 'text' holds half of a surrogate pair"),
     ],
