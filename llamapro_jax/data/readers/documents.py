@@ -72,11 +72,12 @@ class Record:
     """A document, or of kind `chat` the object with the conversation.
 
     where: its place for messages, `file:line`, `file: byte N`, `file: row N` (from 0) or `file`.
-    bytes: about how many bytes of the source were read for it.
+    bytes: about how many bytes of the source were read for it. `shards.good_or_bad` puts the
+    conversation's messages in the place of the object.
     """
 
     where: str
-    value: str | dict[str, Any]
+    value: str | dict[str, Any] | list[dict[str, str]]
     bytes: int
 
 
