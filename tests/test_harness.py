@@ -39,8 +39,6 @@ from lm_eval.api.registry import get_model  # noqa: E402
 
 from llamapro_jax.evaluation.harness_model import HarnessModel  # noqa: E402
 
-PAPER = Path(__file__).resolve().parent.parent / "configs" / "evaluate_llama_pro.yaml"
-
 model, lm, only_local_tasks = fixtures()
 
 

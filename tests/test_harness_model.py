@@ -29,8 +29,6 @@ from harness_tasks import (  # noqa: E402
 
 from llamapro_jax.evaluation.harness_model import Generation, HarnessModel  # noqa: E402
 
-PAPER = Path(__file__).resolve().parent.parent / "configs" / "evaluate_llama_pro.yaml"
-
 model, lm, only_local_tasks = fixtures()
 
 
