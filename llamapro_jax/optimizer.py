@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llamapro_jax.config import OptimizerConfig
@@ -51,24 +52,63 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: row_of(path).decays, params)
 
 
+def chosen(take: jax.Array, new: Any, old: Any) -> Any:
+    """The tree `new` where the scalar `take` holds, else `old` to the bit."""
+    return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, same state and bits, whose moments stay as they are without `take`.
+
+    The moments are chosen before the update is computed from them. Of a choice made afterwards, as
+    around a transformation of optax's, XLA keeps the moments before and after, for each leaf.
+    """
+
+    def update(
+        gradients: Any, state: optax.ScaleByAdamState, params: Any = None, *, take: jax.Array
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = chosen(take, optax.tree.update_moment(gradients, state.mu, b1, 1), state.mu)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
+        nu = chosen(take, nu, state.nu)
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps),
+            optax.tree.bias_correction(mu, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        return updates, optax.ScaleByAdamState(jnp.where(take, count, state.count), mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate`, whose schedule does not move on without `take`."""
+    inner = optax.scale_by_learning_rate(schedule)
+
+    def update(updates: Any, state: Any, params: Any = None, *, take: jax.Array) -> tuple[Any, Any]:
+        updates, after = inner.update(updates, state, params)
+        return updates, chosen(take, after, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def build_optimizer(
     config: OptimizerConfig, steps: int, labels: Any
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the whole parameters, `labels` being "train" or "freeze" for each leaf.
 
     Clipping and AdamW see the leaves that train and no others. The frozen side has no state and
     its updates are zero; see `training.step.apply_gradients` for what is passed in its place.
+    `update` takes `take=`, a boolean scalar: without it the state stays as it is, to the bit, and
+    the updates are meaningless.
     """
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    train = optax.chain(
-        *clip,
-        optax.adamw(
-            build_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
+    # The parts of `optax.adamw`, in its structure.
+    adamw = optax.chain(
+        scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        scale_by_learning_rate(build_schedule(config, steps)),
     )
+    train = optax.chain(*clip, adamw)
     return optax.multi_transform({"train": train, "freeze": optax.set_to_zero()}, labels)

@@ -126,8 +126,9 @@ def test_the_expanded_model_starts_with_the_loss_of_the_base(plan: ExpansionPlan
     assert float(with_new["nll"]) == float(off["nll"])
     if plan.generation == 1:
         rows = {
-            name: np.concatenate([np.reshape(s[name], (-1, *s[name].shape[2:]))
-                                  for s in params["base"] if s])[None]
+            name: np.concatenate(
+                [np.reshape(s[name], (-1, *s[name].shape[2:])) for s in params["base"] if s]
+            )[None]
             for name in params["base"][0]
         }
         base_config, base_plan = without_new(config, plan)
@@ -174,9 +175,7 @@ def computed(flops: StepFlops) -> float:
     return ROWS * LENGTH * (flops.linear + 2 * flops.attention)
 
 
-def naive_step(
-    config: ModelConfig, plan: ExpansionPlan, run: RunConfig, optimizer: Any
-) -> Any:
+def naive_step(config: ModelConfig, plan: ExpansionPlan, run: RunConfig, optimizer: Any) -> Any:
     """Others' form: every gradient, a norm of all of them, then an optimizer that drops most."""
 
     def step(state: Any, frozen: Any, batch: Any) -> Any:
@@ -190,7 +189,9 @@ def naive_step(
 
         value, gradients = jax.value_and_grad(loss)(params)
         norm = global_norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, params, take=jnp.isfinite(norm)
+        )
         updated = optax.apply_updates(params, updates)
         trainable, _ = partition(updated, run.trainable)
         return state.replace(trainable=trainable, opt_state=opt_state), (value, norm)

@@ -258,7 +258,7 @@ def act():
 processes.from_first(act)
 """
     (status, _, errors), (other_status, _, other_errors) = two(script, tmp_path)
-    assert (status, other_status) == (2, 2)
+    assert (status, other_status) == (2, 2), other_errors
     assert "error: the disk is full" in errors and "full" not in other_errors
 
 
@@ -271,7 +271,7 @@ if not first:
 time.sleep(600)
 """
     (status, _, errors), (other_status, _, other_errors) = two(script, tmp_path)
-    assert (status, other_status) == (2, 2)
+    assert (status, other_status) == (2, 2), other_errors
     assert "error: process 1 on " in errors and "no such model here" in errors
     assert "no such model" not in other_errors
     assert time.monotonic() - began < 50
@@ -281,7 +281,7 @@ def test_an_error_that_all_have_is_told_once(tmp_path: Path) -> None:
     (status, _, errors), (other_status, _, other_errors) = two(
         'raise UserError("bad mesh")', tmp_path
     )
-    assert (status, other_status) == (2, 2)
+    assert (status, other_status) == (2, 2), other_errors
     assert errors.count("bad mesh") == 1 and "bad mesh" not in other_errors
 
 

@@ -62,9 +62,12 @@ def one_update(config: OptimizerConfig, spec: tuple[str, ...], scale: float = 1.
     params = jax.tree.map(lambda leaf: leaf + 1.0, expanded_params(CONFIG, PLAN))
     optimizer = build_optimizer(config, 10, labels(params, spec))
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), params)
+
     # Compiled as one program: leaf by leaf it would be a hundred small ones.
-    update = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params))
-    return params, *update(gradients, params)
+    def update(gradients: Any, params: Any) -> Any:
+        return optimizer.update(gradients, optimizer.init(params), params, take=jnp.bool_(True))
+
+    return params, *jax.jit(update)(gradients, params)
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -120,8 +123,14 @@ def test_frozen_side_has_no_state() -> None:
 
 def test_betas_and_eps_reach_adam() -> None:
     config = OptimizerConfig(
-        b1=0.5, b2=0.75, eps=7.0, clip_norm=None, weight_decay=0.0, schedule="constant",
-        learning_rate=1.0, warmup_steps=0,
+        b1=0.5,
+        b2=0.75,
+        eps=7.0,
+        clip_norm=None,
+        weight_decay=0.0,
+        schedule="constant",
+        learning_rate=1.0,
+        warmup_steps=0,
     )
     _, updates, state = one_update(config, ("new",))
     moments = optax.tree_utils.tree_get(state, "mu"), optax.tree_utils.tree_get(state, "nu")
@@ -129,3 +138,45 @@ def test_betas_and_eps_reach_adam() -> None:
     assert {float(m.max()) for m in jax.tree.leaves(moments[1])} == {0.25}
     # Both bias-corrected moments are 1: the update is 1 / (1 + eps).
     np.testing.assert_allclose(updates["new"][1]["q"], -1 / 8, rtol=1e-6)
+
+
+def test_the_parts_are_those_of_optax_to_the_bit() -> None:
+    """AdamW of optax beside ours over five updates; ours skips one before each."""
+    config = OptimizerConfig(clip_norm=0.5, weight_decay=0.1, warmup_steps=2)
+    params = {"new": [{"q": jnp.linspace(-2.0, 2.0, 24).reshape(4, 6), "q_bias": jnp.ones(6)}]}
+    ours = build_optimizer(config, 10, jax.tree.map(lambda _: "train", params))
+    peer = optax.multi_transform(
+        {
+            "train": optax.chain(
+                optax.clip_by_global_norm(0.5),
+                optax.adamw(
+                    build_schedule(config, 10),
+                    b1=config.b1,
+                    b2=config.b2,
+                    eps=config.eps,
+                    weight_decay=0.1,
+                    mask=decay_mask,
+                ),
+            ),
+        },
+        jax.tree.map(lambda _: "train", params),
+    )
+    our_update = jax.jit(lambda g, s, p, take: ours.update(g, s, p, take=take))
+    their_update = jax.jit(peer.update)
+    our_state, their_state = ours.init(params), peer.init(params)
+    their_structure = jax.tree.structure(their_state.inner_states["train"])
+    assert jax.tree.structure(our_state.inner_states["train"]) == their_structure
+    for key in jax.random.split(jax.random.key(0), 5):
+        gradients = jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), params)
+        _, our_state = our_update(
+            jax.tree.map(lambda leaf: leaf * jnp.nan, gradients), our_state, params, False
+        )
+        updates, our_state = our_update(gradients, our_state, params, True)
+        expected, their_state = their_update(gradients, their_state, params)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            our_state.inner_states["train"],
+            their_state.inner_states["train"],
+        )
+        params = optax.apply_updates(params, updates)

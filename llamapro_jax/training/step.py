@@ -23,7 +23,7 @@ from llamapro_jax.loss import summed_cross_entropy
 from llamapro_jax.model.config import AttentionChoice, ModelConfig, Remat
 from llamapro_jax.model.context import spread
 from llamapro_jax.model.llama import Params, head_weight, hidden_states
-from llamapro_jax.optimizer import build_schedule
+from llamapro_jax.optimizer import build_schedule, chosen
 from llamapro_jax.sharding import activation, axis_size
 from llamapro_jax.training.guard import judge
 from llamapro_jax.training.state import TrainState, merge
@@ -116,39 +116,36 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, gradients: Params
+    optimizer: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    frozen: Params,
+    gradients: Params,
+    take: jax.Array,
 ) -> TrainState:
-    """`state` with one update taken; the number of steps is left to the caller.
+    """`state` with one update taken where the scalar `take` holds, else as it was, to the bit.
 
-    The optimizer is one of the whole parameters. The frozen side gets constant zeros for its
-    gradients, and what it gives back for them is dropped, so that nothing of it is computed.
+    The number of steps is left to the caller. The optimizer is one of the whole parameters. The
+    frozen side gets constant zeros for its gradients, and what it gives back for them is dropped,
+    so that nothing of it is computed. `take` is a choice for each element, which XLA makes as it
+    writes the update over what was there; a `lax.cond` would keep the gradients and both states.
     """
     zeros = jax.tree.map(jnp.zeros_like, frozen)
     updates, opt_state = optimizer.update(
-        merge(gradients, zeros), state.opt_state, merge(state.trainable, frozen)
+        merge(gradients, zeros), state.opt_state, merge(state.trainable, frozen), take=take
     )
     of_trainable = {name: updates[name] for name in state.trainable}
     for stack in ("base", "new"):
         pairs = zip(updates[stack], state.trainable[stack], strict=True)
         of_trainable[stack] = [{name: every[name] for name in kept} for every, kept in pairs]
-    trainable = optax.apply_updates(state.trainable, of_trainable)
-    return state.replace(trainable=trainable, opt_state=opt_state)
-
-
-def where(take: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
-    """`updated` where the scalar `take` holds, else `state` to the bit.
-
-    A choice for each element, which XLA computes as it writes the update over what was there; a
-    `lax.cond` would keep the gradients and both states apart.
-    """
-    return jax.tree.map(lambda new, old: jnp.where(take, new, old), updated, state)
+    updated = optax.apply_updates(state.trainable, of_trainable)
+    return state.replace(trainable=chosen(take, updated, state.trainable), opt_state=opt_state)
 
 
 def build_train_step(
     config: ModelConfig,
     plan: ExpansionPlan,
     run: RunConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, frozen, batch) -> (state, metrics)`. The state passed in is used up.
 
@@ -182,9 +179,7 @@ def build_train_step(
 
         rows = batch["tokens"].shape[0]
         parts = count_microbatches(rows, run.training.microbatch, axis_size("data", "fsdp"))
-        mean, gradients = loss_and_gradients(
-            loss, state.trainable, batch, parts
-        )
+        mean, gradients = loss_and_gradients(loss, state.trainable, batch, parts)
         norm = global_norm(gradients)
         taken = state.step - state.guard.skipped
         take, guard, judged = judge(state.guard, mean, norm, taken, run.training.spike_sigma)
@@ -195,8 +190,8 @@ def build_train_step(
             "learning_rate": jnp.asarray(schedule(taken), jnp.float32),
             **judged,
         }
-        updated = apply_gradients(optimizer, state, frozen, gradients)
-        return where(take, updated, state).replace(step=state.step + 1, guard=guard), metrics
+        updated = apply_gradients(optimizer, state, frozen, gradients, take)
+        return updated.replace(step=state.step + 1, guard=guard), metrics
 
     return jax.jit(step, donate_argnums=0)
 
