@@ -285,6 +285,26 @@ def test_an_error_that_all_have_is_told_once(tmp_path: Path) -> None:
     assert errors.count("bad mesh") == 1 and "bad mesh" not in other_errors
 
 
+def test_a_process_that_fails_while_it_is_being_ended_leaves_once(tmp_path: Path) -> None:
+    """Two threads that leave at a time abort it, when one ends Python before the other is done."""
+    script = """
+import threading
+leave, leaving = processes._leave, threading.Event()
+def slowly():
+    print("leaves", flush=True)
+    leaving.set()
+    time.sleep(1)
+    leave()
+if not first:
+    processes._leave = slowly
+    leaving.wait()
+raise UserError("bad mesh")
+"""
+    (status, _, _), (other_status, output, errors) = two(script, tmp_path)
+    assert (status, other_status) == (2, 2), errors
+    assert output.count("leaves") == 1
+
+
 def test_a_bug_in_another_process_ends_the_first(tmp_path: Path) -> None:
     (status, _, errors), (other_status, _, other_errors) = two(
         "if not first: {}['key']\ntime.sleep(600)", tmp_path

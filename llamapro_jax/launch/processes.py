@@ -229,7 +229,7 @@ def joined() -> Iterator[None]:
         _end(watch, error)
         raise
     else:
-        watch.over.set()
+        watch.stop()
         _leave()
         watch.join()
 
@@ -321,7 +321,7 @@ def _described(error: BaseException) -> str:
 
 def _end(watch: _Watch, error: BaseException) -> None:
     """Tells the others of an exception. Raises SystemExit where it is shown already."""
-    watch.over.set()
+    watch.stop()
     first = is_first()
     expected = not isinstance(error, Exception) or isinstance(error, UserError | OSError)
     if not expected:
@@ -371,17 +371,24 @@ def _leave() -> None:
 
 
 class _Watch:
-    """Ends this process when another one failed, whatever the main thread waits for.
-
-    over: set when this process ends by itself.
-    """
+    """Ends this process when another one failed, whatever the main thread waits for."""
 
     def __init__(self) -> None:
-        self.over = threading.Event()
+        # Either the main thread leaves the others, or this one: two that do so at a time, of which
+        # one ends Python while the other is in jaxlib, abort the process.
+        self._lock = threading.Lock()
+        self._stopped = self._ending = False
         # Asked now, since `_leave` clears it.
         self._first = is_first()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+
+    def stop(self) -> None:
+        """This process ends by itself from now on. Does not return where the watch is ending it."""
+        with self._lock:
+            self._stopped = True
+        if self._ending:
+            self._thread.join()
 
     def join(self) -> None:
         """After `_leave`: Python must not end while the thread waits in jaxlib."""
@@ -393,12 +400,14 @@ class _Watch:
                 told = json.loads(_get(_FAILED, 60))
                 break
             except TimeoutError:
-                if self.over.is_set():
+                if self._stopped:
                     return
             except Exception:  # the service has ended: all left
                 return
-        if self.over.is_set():
-            return
+        with self._lock:
+            if self._stopped:
+                return
+            self._ending = True
         if told["status"] == STALLED:
             # What this process waited for says where the other one was missing.
             faulthandler.dump_traceback()
