@@ -95,11 +95,11 @@ def test_a_run_by_hand(make: Callable[..., LocalCloud], tmp_path: Path) -> None:
     for host in hosts:
         assert (host / "opt/mounts").read_text() == "mounted {here}\n"
         assert (host / "opt/checkout" / CONFIG).exists()
-        wait_for(lambda log=host / "opt/log": log.read_text().count("\n") == 3, "no output")
+        log = host / "opt/log"
+        wait_for(lambda log=log: log.exists() and log.read_text().count("\n") == 3, "no output")
         # The override arrives as one argument, its quotes and space kept.
-        assert (
-            f"['{CONFIG}', \"run.name=a 'b'\", 'output={output}']" in (host / "opt/log").read_text()
-        )
+        arguments = f"['{CONFIG}', \"run.name=a 'b'\", 'output={output}']"
+        assert arguments in log.read_text()
     assert not stale.exists()
     assert status()[1:] == [f"  my-tpu-0-w-{i}: running, step 6 saved" for i in (0, 1)]
     second = tpu_sh(cloud, "run", "my-tpu", CONFIG)
