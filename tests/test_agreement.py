@@ -20,7 +20,7 @@ from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.data.dataset import open_rows
 from llamapro_jax.data.mixture import Mixture
 from llamapro_jax.launch import local
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 from llamapro_jax.training.agreement import require_alike
 
 ROOT = Path(local.__file__).parents[2]

@@ -25,7 +25,8 @@ from llamapro_jax.checkpoint_files import ITEMS, committed_steps
 from llamapro_jax.checkpoint_restore import abstract, restore_newest
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.launch import local
-from llamapro_jax.launch.processes import free_port, joined, settled
+from llamapro_jax.launch.processes import joined, settled
+from llamapro_jax.launch.surroundings import free_port
 from llamapro_jax.model.params import abstract_params
 from llamapro_jax.optimizer import build_optimizer
 from llamapro_jax.sharding import build_mesh, check_model

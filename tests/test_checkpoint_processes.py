@@ -13,7 +13,7 @@ import pytest
 
 from llamapro_jax.checkpoint_files import committed_steps, steps_set_aside
 from llamapro_jax.launch import local
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 
 ROOT = Path(local.__file__).parents[2]
 

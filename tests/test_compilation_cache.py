@@ -18,7 +18,7 @@ from llamapro_jax import compilation_cache
 from llamapro_jax.compilation_cache import AUTO, default_directory, directory, enabled, processor
 from llamapro_jax.errors import UserError
 from llamapro_jax.launch.local import environment
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 from llamapro_jax.training import loop
 
 ROOT = Path(__file__).parents[1]

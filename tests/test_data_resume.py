@@ -18,7 +18,7 @@ from llamapro_jax.checkpoint import committed_steps
 from llamapro_jax.data.preparation.prepare import prepare
 from llamapro_jax.data.readers.documents import Content
 from llamapro_jax.launch import local
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 
 ROOT = Path(local.__file__).parents[2]
 BATCH, STEPS = 8, 12

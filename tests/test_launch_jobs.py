@@ -22,7 +22,7 @@ from manifests import action, documents, pod, rendered
 from runs import assert_same_run, overrides, settings, write_model, write_texts
 
 from llamapro_jax.checkpoint_files import committed_steps
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8

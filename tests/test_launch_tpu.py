@@ -23,8 +23,8 @@ from llamapro_jax.errors import UserError
 from llamapro_jax.exit_codes import worth_restarting
 from llamapro_jax.launch import tpu, tpu_job
 from llamapro_jax.launch.gcloud import Gcloud, GcloudError, Kind
-from llamapro_jax.launch.processes import free_port
 from llamapro_jax.launch.queued_resource import RUNTIME_VERSIONS, Request, read_reports
+from llamapro_jax.launch.surroundings import free_port
 
 ROOT = Path(tpu.__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"

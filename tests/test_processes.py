@@ -23,7 +23,7 @@ from steps import PLANS, begin, expanded_params, model_config, random_batch, run
 from llamapro_jax.checkpoint_files import committed_steps
 from llamapro_jax.config import MeshConfig
 from llamapro_jax.launch import local
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 from llamapro_jax.model.weights import tensors
 from llamapro_jax.sources import open_source, read_part
 

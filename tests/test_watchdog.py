@@ -17,7 +17,7 @@ from llamapro_jax import exit_codes
 from llamapro_jax.checkpoint import Checkpoints, committed_steps
 from llamapro_jax.config import save_config
 from llamapro_jax.launch import local
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 from llamapro_jax.training import beginning
 from llamapro_jax.training.loop import train
 from llamapro_jax.training.stopping import Stopped

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.chaos_parts.material import DEVICES
 from llamapro_jax import exit_codes
 from llamapro_jax.launch.local import environment
-from llamapro_jax.launch.processes import free_port
+from llamapro_jax.launch.surroundings import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).resolve().parent / "driver.py"

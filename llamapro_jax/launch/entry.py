@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from llamapro_jax import cli, exit_codes
 from llamapro_jax.errors import UserError
-from llamapro_jax.launch.processes import reason_to_join
+from llamapro_jax.launch.surroundings import reason_to_join
 
 EXAMPLE = """\
 example:

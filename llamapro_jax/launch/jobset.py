@@ -17,7 +17,7 @@ from llamapro_jax.exit_codes import PREEMPTED
 from llamapro_jax.launch.entry import RESTARTS
 from llamapro_jax.launch.job import CONFIG, DATA, RESTARTED, Job
 from llamapro_jax.launch.nodes import Nodes
-from llamapro_jax.launch.processes import ADDRESS, COUNT
+from llamapro_jax.launch.surroundings import ADDRESS, COUNT
 
 _TEMPLATE = Path(__file__).with_name("jobset.yaml.j2")
 _PORT = 8476

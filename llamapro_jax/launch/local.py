@@ -29,7 +29,7 @@ from llamapro_jax.exit_codes import (
     TERMINATED,
 )
 from llamapro_jax.launch import ENTRY
-from llamapro_jax.launch.processes import ADDRESS, COUNT, INDEX, free_port
+from llamapro_jax.launch.surroundings import ADDRESS, COUNT, INDEX, free_port
 
 EXAMPLE = """\
 example, two processes with four devices each:
