@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from checkpoints import write_tiny
 
+from llamapro_jax.compilation_cache import AUTO, directory
 from llamapro_jax.config import RunConfig
 from llamapro_jax.expand import expand
 from llamapro_jax.flax_checkpoint import StackedArrays
@@ -45,6 +49,30 @@ def write_texts(directory: Path) -> dict[str, Path]:
         paths[name] = directory / f"{name}.txt"
         paths[name].write_text(text(seed, 200 if name == "train" else 30))
     return paths
+
+
+@contextmanager
+def shared_programs() -> Iterator[str]:
+    """While entered, all programs are kept where runs keep theirs, and taken from there.
+
+    That directory is one for all tests of a session (see conftest.py): many train the same model.
+    Yields it.
+    """
+    place = directory(AUTO)
+    assert place is not None
+    cache: dict[str, Any] = {
+        "jax_compilation_cache_dir": place,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in cache}
+    for name, value in cache.items():
+        jax.config.update(name, value)
+    try:
+        yield place
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def settings(model: Path, texts: Path, output: Path) -> dict[str, Any]:

@@ -39,8 +39,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(work: Path, output: Path, **changes: Any) -> list[str]:
     quick = {"data.eval": [], "training.eval_every": None, "training.save_every": 1}
-    cached = {"compilation_cache": str(work / "compiled")}
-    values = settings(work / "model", work / "texts", output) | quick | cached | changes
+    values = settings(work / "model", work / "texts", output) | quick | changes
     (work / "config.yaml").write_text("{}\n")
     return ["-m", "llamapro_jax.cli", "train", str(work / "config.yaml"), *overrides(values)]
 

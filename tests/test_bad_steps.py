@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import assert_same_run, run_config, write_model, write_texts
+from runs import assert_same_run, run_config, shared_programs, write_model, write_texts
 from steps import PLANS, begin, expanded_params, model_config, random_batch
 from steps import run_config as step_config
 
@@ -190,19 +190,10 @@ def test_a_full_disk_while_the_rows_are_written_ends_no_run(
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("bad-steps")
-    cache = {
-        "jax_compilation_cache_dir": str(directory / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    write_model(directory)
-    write_texts(directory / "texts")
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with shared_programs():
+        write_model(directory)
+        write_texts(directory / "texts")
+        yield directory
 
 
 def config_of(work: Path, output: Path, **changes: Any) -> Any:

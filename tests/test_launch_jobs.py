@@ -48,8 +48,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def around(**more: str) -> dict[str, str]:
     """The environment of a machine with one CPU device."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **more}
+    given = os.environ.get("XLA_FLAGS", "").split()
+    flags = " ".join(flag for flag in given if "device_count" not in flag)
+    changed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **changed, **more}
 
 
 def write_config(file: Path, work: Path, output: str) -> list[str]:

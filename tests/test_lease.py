@@ -358,8 +358,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def config_of(work: Path, output: Path, **changes: Any) -> Any:
     quick = {"training__eval_every": None, "data__eval": [], "training__log_every": 1}
-    cached = {"compilation_cache": str(work / "compiled")}
-    return run_config(work / "model", work / "texts", output, **{**quick, **cached, **changes})
+    return run_config(work / "model", work / "texts", output, **{**quick, **changes})
 
 
 # A run whose lease is renewed often. After one of its steps it waits until a file is there.

@@ -188,7 +188,8 @@ def arguments(work: Path, output: Path, **changes: Any) -> list[str]:
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    given = os.environ.get("XLA_FLAGS", "")  # as the other processes have: bits are compared
+    flags = f"{given} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **more}
 
 

@@ -19,7 +19,7 @@ import fsspec  # noqa: F401
 import jax
 import pytest
 from fake_gcs import FakeGcs, shared
-from runs import assert_same_run, run_config, write_model, write_texts
+from runs import assert_same_run, run_config, shared_programs, write_model, write_texts
 
 from llamapro_jax import cli, remote
 from llamapro_jax.checkpoint_files import committed_steps, steps_set_aside, verify_step
@@ -42,21 +42,12 @@ RUN = "gs://bucket/runs/a"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An expanded model, texts, and a compilation cache that the runs of this file share."""
+    """An expanded model, texts, and a compilation cache that all runs share."""
     directory = tmp_path_factory.mktemp("remote")
-    cache = {
-        "jax_compilation_cache_dir": str(directory / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    write_model(directory)
-    write_texts(directory / "texts")
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with shared_programs():
+        write_model(directory)
+        write_texts(directory / "texts")
+        yield directory
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +57,10 @@ def undisturbed(work: Path) -> Path:
 
 @pytest.fixture
 def bucket(work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeGcs]:
-    """With the model and the texts, without runs, on a host that has no copies of anything."""
+    """With the model and the texts, without runs, on a host that has no copies of them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # But of programs, for the processes that a test starts: to compile them is no matter of these.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     server = shared()
     server.clear()
     server.upload(work / "model", "models/pro")

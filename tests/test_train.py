@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import full_disk
-import jax
 import numpy as np
 import pytest
 from runs import (
@@ -24,6 +23,7 @@ from runs import (
     run_config,
     saved_arrays,
     settings,
+    shared_programs,
     write_model,
     write_texts,
 )
@@ -53,21 +53,12 @@ SHORT = {"training__steps": 2, "training__eval_every": None, "data__eval": []}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An expanded model, texts, and a compilation cache that the runs of this file share."""
+    """An expanded model, texts, and a compilation cache that all runs share."""
     directory = tmp_path_factory.mktemp("train")
-    cache = {
-        "jax_compilation_cache_dir": str(directory / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
-    write_model(directory)
-    write_texts(directory / "texts")
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with shared_programs():
+        write_model(directory)
+        write_texts(directory / "texts")
+        yield directory
 
 
 def config_of(work: Path, output: Path, **changes: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,10 @@ HERE = Path(__file__).parent
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
 HAS_GPU = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
 if "jax" not in sys.modules:
+    # Of programs for TPUs and GPUs the optimised ones are looked at.
+    os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    plain = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(plain, "").strip()
     for installed, machine in ((HAS_TPU, "v5e-4"), (HAS_GPU, "h100-8")):
         if installed:
             prepare_environment(parse_machine(machine))
