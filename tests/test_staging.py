@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_gcs import Request
 from fake_s3 import FakeS3, shared
 from runs import assert_same_run, run_config, write_model, write_texts
 
@@ -198,22 +199,30 @@ def test_who_may_not_write_is_told_how(bucket: FakeS3, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(bucket: FakeS3, tmp_path: Path) -> None:
-    """With the other number of processes, on a host that has nothing of it."""
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(
+    bucket: FakeS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While it uploads its second step; with the other number of processes, on another host."""
     write_model(tmp_path)
     write_texts(tmp_path / "texts")
     undisturbed = started(tmp_path, tmp_path / "local", 2)
     assert undisturbed.wait(300) == 0
-    first = started(tmp_path, RUN, 2)
-    deadline = time.monotonic() + 300
-    while not committed_steps(STEPS):
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not bucket.names("runs/a/summary.json")
-    bucket.objects.pop(f"runs/a/{LEASE_FILE}", None)  # or its end would be waited for
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path / "other host")
+    killed = []
+
+    def kill(request: Request) -> int | None:
+        if request.method != "PUT" or "checkpoints/8/optimizer/" not in request.path:
+            return None
+        if not killed:
+            killed.append(json.loads(bucket.objects[f"runs/a/{LEASE_FILE}"])["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+        return 403
+
+    bucket.answer = kill
+    assert started(tmp_path, RUN, 2).wait(300) != 0 and killed
+    bucket.answer = lambda request: None
+    assert committed_steps(STEPS) == [4] and not bucket.names("runs/a/summary.json")
+    del bucket.objects[f"runs/a/{LEASE_FILE}"]  # or its end would be waited for
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other host"))
     assert started(tmp_path, RUN, 1).wait(300) == 0
     for name in bucket.names("runs/a/"):
         file = tmp_path / "brought" / name.removeprefix("runs/a/")
@@ -231,4 +240,4 @@ def started(work: Path, output: Any, number: int) -> subprocess.Popen[bytes]:
     save_config(config, file)
     sizes = ["--processes", str(number), "--devices", str(2 // number)]
     command = [sys.executable, "-m", "llamapro_jax.launch.local", *sizes, "--", "train", str(file)]
-    return subprocess.Popen(command, cwd=Path(cli.__file__).parents[1], start_new_session=True)
+    return subprocess.Popen(command, cwd=Path(cli.__file__).parents[1])

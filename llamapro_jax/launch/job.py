@@ -125,8 +125,8 @@ def _check_paths(config: RunConfig, mounted: str | None) -> None:
     for setting, place in places.items():
         if setting == "output" and "://" in place and not place.startswith(_REMOTE):
             raise UserError(
-                f"output: {place!r}: a run writes to gs://, to s3:// (where the image has s3fs) or to "
-                "a mounted path."
+                f"output: {place!r}: a run writes to gs://, to s3:// (where the image has s3fs) or "
+                "to a mounted path."
             )
         if place.startswith(_REMOTE):
             continue
