@@ -48,16 +48,18 @@ from llamapro_jax.launch.processes import (
     is_first,
     meet,
 )
-from llamapro_jax.remote import RemotePath, Unreachable, as_path
+from llamapro_jax.remote import RemotePath, Unreachable, as_path, has_arrays
+from llamapro_jax.staging import Staging, bytes_here
 from llamapro_jax.training.state import leaves_by_path
 
 # A block of a stack is a chunk of its own, so that one can be read without the others. Orbax
 # warns of chunks below 1 MiB, which many files make slow.
 _SMALLEST_CHUNK = 2**20
 
-# What Orbax says about every save without OCDBT, which is what this module asks for, and about a
-# save that failed, of which this module tells itself.
+# What Orbax says about every save without OCDBT or of each process for itself, which is what this
+# module asks for, and about a save that failed, of which this module tells itself.
 _EXPECTED = (
+    "Global object size logging disabled",
     "Skipping merge of OCDBT checkpoints",
     "Save Finalize thread",
     "in background save thread",
@@ -112,6 +114,9 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_expected)
         from_first(self._permitted)
         from_first(self._clean)
+        self._staging: Staging | None = None
+        if isinstance(self.directory, RemotePath) and not has_arrays(self.directory):
+            self._staging = Staging(self.directory)
         self._manager = self._new_manager()
 
     def _clean(self) -> None:
@@ -120,6 +125,20 @@ class Checkpoints:
             print(f"{self.directory}: removed what no save finished: {names}", flush=True)
 
     def _new_manager(self) -> ocp.CheckpointManager:
+        processes, record = ocp.options.MultiprocessingOptions(), _asking(self._permitted)
+        directory: Directory = self.directory
+        if self._staging is not None:
+            # Each process has a directory of its own, and sees to all that belongs into one.
+            processes = ocp.options.MultiprocessingOptions(primary_host=None)
+            record = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
+            self._staging.clear()
+            directory = self._staging.directory
+        arrays = partial(
+            # Without OCDBT each leaf is a zarr directory that other readers open row by row.
+            ocp.PyTreeCheckpointHandler,
+            use_ocdbt=False,
+            multiprocessing_options=processes,
+        )
         options = ocp.CheckpointManagerOptions(
             # Steps are deleted here, when the next one is known to be whole.
             preservation_policy=ocp.checkpoint_managers.LatestN(None),
@@ -130,14 +149,10 @@ class Checkpoints:
             # Damage in the steps that are there is no matter of the manager's.
             lightweight_initialize=True,
             async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier),
+            multiprocessing_options=processes,
         )
-        handlers = {
-            # Without OCDBT each leaf is a zarr directory that other readers open row by row.
-            TRAINABLE: ocp.PyTreeCheckpointHandler(use_ocdbt=False),
-            OPTIMIZER: ocp.PyTreeCheckpointHandler(use_ocdbt=False),
-            META: _asking(self._permitted),
-        }
-        return ocp.CheckpointManager(str(self.directory), options=options, item_handlers=handlers)
+        handlers = {TRAINABLE: arrays(), OPTIMIZER: arrays(), META: record}
+        return ocp.CheckpointManager(str(directory), options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest step that was saved to its end."""
@@ -169,8 +184,17 @@ class Checkpoints:
         self._under_way = _Save(step, partial(self._report, step))
         self._under_way.begin(
             lambda: self._manager.save(step, args=arguments, force=True),
-            self._manager.wait_until_finished,
+            partial(self._to_its_end, step),
         )
+
+    def _to_its_end(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+            if self._staging is not None:
+                self._staging.upload(step, self._barrier, self._permitted)
+        except Exception as error:  # or the others would wait for this process
+            self._barrier.call_off(error)
+            raise
 
     def wait(self) -> bool:
         """Returns when no save is under way: whether the last one is on disk, if there was one.
@@ -241,8 +265,13 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
-            for thread in self._deleting:
-                thread.join()
+            self._end()
+
+    def _end(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+        for thread in self._deleting:
+            thread.join()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -256,24 +285,28 @@ class Checkpoints:
             self._under_way.end()
         with suppress(Exception):  # the exception under way says more
             self._manager.close()
-        for thread in self._deleting:
-            thread.join()
+        self._end()
 
     def _no_room(self, trees: Any) -> str | None:
         try:
             self._before()
         except OSError as error:
             return first_line(error)
-        if isinstance(self.directory, RemotePath):  # a bucket is never full
+        leaves = jax.tree.leaves(trees)
+        if self._staging is not None:
+            directory, needed = self._staging.directory, sum(map(bytes_here, leaves))
+        elif isinstance(self.directory, RemotePath):  # a bucket is never full
             return None
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        else:
+            directory, needed = self.directory, sum(leaf.nbytes for leaf in leaves)
         try:
-            free = shutil.disk_usage(self.directory).free
+            free = shutil.disk_usage(directory).free
         except OSError:  # not every file system says; the save itself will
             return None
         if free >= needed:
             return None
-        return f"it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        where = "" if self._staging is None else f" in {directory} (XDG_CACHE_HOME)"
+        return f"it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free{where}"
 
     def _report(self, step: int, reason: str) -> None:
         if not is_first():
@@ -378,12 +411,14 @@ class _Barrier:
         self._save, self._visits = _new_name(), {}
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        called_off = f"{self._save}/off"
         # Orbax comes here on its way out of a failure too.
         if (error := sys.exception()) is not None:
-            call_off(called_off, first_line(error))
+            self.call_off(error)
         visit = self._visits[key] = self._visits.get(key, 0) + 1
-        meet(f"{self._save}/{key}/{visit}", called_off, timeout_ms / 1000)
+        meet(f"{self._save}/{key}/{visit}", f"{self._save}/off", timeout_ms / 1000)
+
+    def call_off(self, error: BaseException) -> None:
+        call_off(f"{self._save}/off", first_line(error))
 
 
 def _new_name() -> str:

@@ -33,6 +33,7 @@ import numpy as np
 from llamapro_jax.checksum import host_checksum
 from llamapro_jax.errors import UserError
 from llamapro_jax.flax_checkpoint import StackedArrays
+from llamapro_jax.local_copies import brought
 from llamapro_jax.remote import (
     RemotePath,
     Unreachable,
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 TRAINABLE, OPTIMIZER, META = "trainable", "optimizer", "meta"
 ITEMS = (TRAINABLE, OPTIMIZER)
 COMMIT_FILE = "commit_success.txt"
+# Of the files of a step, what says how an array lies in the others (zarr).
+ARRAY_METADATA = "*/.zarray"
 
 _META_FILE = Path(META) / "metadata"
 # Requests to a store.
@@ -240,14 +243,16 @@ def _unreadable(arrays: StackedArrays, leaf: str, error: Exception) -> Damaged:
 def missing_file(step: Directory) -> str | None:
     """What a step lacks, as far as it shows without reading the arrays; None: nothing."""
     try:
-        for item, leaves in read_meta(step)["leaves"].items():
-            arrays = stored_arrays(step, item, leaves)
-            names = [name.split("/") for name, size in sizes(step / item).items() if size]
-            chunks = Counter(leaf for leaf, *file in names if file and file[0][0] != ".")
-            for leaf in leaves:
-                found, wanted = chunks[leaf], arrays.chunks(leaf)
-                if found != wanted:
-                    return f"{item} {leaf}: has {found} of {wanted} files"
+        described = read_meta(step)["leaves"]
+        with brought(step, ARRAY_METADATA) as here:
+            for item, leaves in described.items():
+                arrays = stored_arrays(here, item, leaves)
+                names = [name.split("/") for name, size in sizes(step / item).items() if size]
+                chunks = Counter(leaf for leaf, *file in names if file and file[0][0] != ".")
+                for leaf in leaves:
+                    found, wanted = chunks[leaf], arrays.chunks(leaf)
+                    if found != wanted:
+                        return f"{item} {leaf}: has {found} of {wanted} files"
     except Damaged as error:
         return error.reason
     return None

@@ -18,6 +18,7 @@ import numpy as np
 
 from llamapro_jax.checkpoint import Report
 from llamapro_jax.checkpoint_files import (
+    ARRAY_METADATA,
     COMMIT_FILE,
     ITEMS,
     OPTIMIZER,
@@ -37,6 +38,7 @@ from llamapro_jax.checksum import checksums
 from llamapro_jax.errors import UserError
 from llamapro_jax.exit_codes import CHECKPOINT_LOST
 from llamapro_jax.launch.processes import SEEN_WITHIN, first_given, from_first
+from llamapro_jax.local_copies import bring, brought
 from llamapro_jax.remote import as_path
 from llamapro_jax.training.state import leaf_path, leaves_by_path
 
@@ -125,7 +127,10 @@ def _restore(step: Directory, wanted: Mapping[str, Any]) -> tuple[Restored | Non
         meta = read_meta(step)
         for item in ITEMS:
             _compare(step / item, meta["leaves"][item], leaves_by_path(wanted[item]))
-        trees = {item: _read(step, item, meta["leaves"][item], wanted[item]) for item in ITEMS}
+        with brought(step, ARRAY_METADATA) as here:
+            trees = {
+                item: _read(step, here, item, meta["leaves"][item], wanted[item]) for item in ITEMS
+            }
     except Damaged as error:
         problem = error.reason
     problem = first_given(problem)
@@ -173,9 +178,14 @@ def _compare(where: Directory, saved: Mapping[str, Any], wanted: Mapping[str, An
                 )
 
 
-def _read(step: Directory, item: str, saved: Mapping[str, Any], wanted: Any) -> Any:
-    """The tree, of which each process reads what its devices need."""
-    arrays = stored_arrays(step, item, saved)
+def _read(
+    step: Directory, here: Directory, item: str, saved: Mapping[str, Any], wanted: Any
+) -> Any:
+    """The tree, of which each process reads what its devices need.
+
+    here: the step itself, or where its files come to that TensorStore does not read there.
+    """
+    arrays = stored_arrays(here, item, saved)
 
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
@@ -186,7 +196,10 @@ def _read(step: Directory, item: str, saved: Mapping[str, Any], wanted: Any) -> 
                 for piece, size in zip(index, leaf.shape, strict=True)
             )
             if bounds not in parts:  # devices with the same part share one reading
-                parts[bounds] = read_leaf(arrays, leaf_path(path), None, bounds or None)
+                name = leaf_path(path)
+                files = (f"{item}/{name}/{file}" for file in arrays.files(name, bounds or None))
+                bring(step, here, files)
+                parts[bounds] = read_leaf(arrays, name, None, bounds or None)
             return parts[bounds]
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)

@@ -286,7 +286,7 @@ class RunConfig:
         "What to train: a Hugging Face directory, a hub id (`org/name@revision`), a Flax "
         "checkpoint or a run; a path or a URL such as `gs://...`."
     )
-    output: str = option("The run directory: a path, or `gs://...`.")
+    output: str = option("The run directory: a path, or `gs://...` or `s3://...`.")
     data: DataConfig
     training: TrainingConfig
     trainable: tuple[str, ...] = option(

@@ -14,6 +14,7 @@ writes the skeleton, TensorStore the rows, and Orbax restores the result like an
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
@@ -98,6 +99,14 @@ class StackedArrays:
         array = self._array(leaf)
         chunk = array.chunk_layout.write_chunk.shape or ()
         return math.prod(math.ceil(s / c) for s, c in zip(array.shape, chunk, strict=True))
+
+    def files(self, leaf: str, bounds: Sequence[tuple[int, int]] | None) -> list[str]:
+        """The names of those of its files that a part of it is in."""
+        array = self._array(leaf)
+        chunk = array.chunk_layout.write_chunk.shape or ()
+        bounds = bounds or [(0, size) for size in array.shape]
+        spans = [range(a // c, math.ceil(b / c)) for (a, b), c in zip(bounds, chunk, strict=True)]
+        return [".".join(map(str, place)) or "0" for place in itertools.product(*spans)]
 
     def read(
         self,

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,65 @@ def upload(directory: Path, target: RemotePath, names: Iterable[str], last: str 
 
 
 @contextmanager
+def brought(directory: Path | RemotePath, matching: str) -> Iterator[Path | RemotePath]:
+    """For as long as the context lasts: `directory` itself where TensorStore reads it, else a local
+    one of that name with the files that match; `bring` adds others."""
+    if has_arrays(directory):
+        yield directory
+        return
+    with scratch() as above:
+        copy = above / directory.name
+        names = (name for name in directory.files() if ".." not in name.split("/"))
+        bring(directory, copy, [name for name in names if fnmatch(name, matching)])
+        yield copy
+
+
+def bring(directory: Path | RemotePath, copy: Path | RemotePath, names: Iterable[str]) -> None:
+    """Files of a directory that are not in its copy yet. One that the store lost stays missing."""
+    if copy == directory:
+        return
+
+    def one(name: str) -> None:
+        with suppress(FileNotFoundError):
+            _copy(directory / name, copy / name)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(one, [name for name in names if not (copy / name).is_file()]))
+
+
+_SCRATCH, _LOCK = ".scratch-", "lock"
+_scratches: set[Path] = set()
+
+
+@contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory for what goes to a store as soon as it is made."""
+    """A directory for what goes to a store as soon as it is made, or comes from it for a moment.
+
+    Those that processes left which were killed are removed.
+    """
     root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root(), prefix=".scratch-") as directory:
-        yield Path(directory)
+    with ExitStack() as held:
+        with (root() / ".scratch").open("ab") as one_at_a_time:
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            for left in set(root().glob(f"{_SCRATCH}*")) - _scratches:
+                _remove_of_the_dead(left)
+            directory = Path(tempfile.mkdtemp(dir=root(), prefix=_SCRATCH))
+            _scratches.add(directory)
+            held.callback(_scratches.discard, directory)
+            held.callback(shutil.rmtree, directory, ignore_errors=True)
+            lock = held.enter_context((directory / _LOCK).open("ab"))
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        files = directory / "files"
+        files.mkdir()
+        yield files
+
+
+def _remove_of_the_dead(directory: Path) -> None:
+    with suppress(OSError), (directory / _LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _in_store(path: RemotePath, without: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -184,6 +238,14 @@ def _check_room(path: RemotePath, target: Path, files: Mapping[str, Mapping[str,
 
 def _fetch(path: RemotePath, name: str, file: Path) -> None:
     source = path / name if name else path
+    try:
+        _copy(source, file)
+    except FileNotFoundError:
+        raise UserError(f"{source}: was removed while it was copied; run it again.") from None
+
+
+def _copy(source: RemotePath, file: Path) -> None:
+    """Raises FileNotFoundError, and Unreachable when what came is not what the store has."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".tmp-{file.name}")
     try:
@@ -193,8 +255,6 @@ def _fetch(path: RemotePath, name: str, file: Path) -> None:
             if part.stat().st_size == info["size"] and _md5(info) in (None, _md5_of(part)):
                 os.replace(part, file)
                 return
-    except FileNotFoundError:
-        raise UserError(f"{source}: was removed while it was copied; run it again.") from None
     finally:
         part.unlink(missing_ok=True)
     raise Unreachable(

@@ -28,11 +28,16 @@ from llamapro_jax.errors import UserError
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://+(.*)")
 # Where Orbax and TensorStore write and read arrays by themselves. Orbax takes any other URL for a
-# local path.
+# local path: also s3://, of which TensorStore alone has a driver.
 _ARRAY_DRIVERS = {"gs": "gcs"}
 _SAME = {"gcs": "gs", "s3a": "s3"}
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
-_EXTRAS = {"gcsfs": "'llamapro_jax[gcs]'"}
+_EXTRAS = {"gcsfs": "'llamapro_jax[gcs]'", "s3fs": "'llamapro_jax[s3]'"}
+# Known to fsspec, but a file can be seen half written there, or nobody else sees it, or none can be
+# written.
+_NO_OBJECT_STORES = frozenset(
+    "memory local hdfs webhdfs arrow_hdfs dbfs ftp sftp ssh smb http https github zip tar".split()
+)
 
 ATTEMPTS = 5
 FIRST_DELAY = 1.0
@@ -271,7 +276,8 @@ def _refused(error: BaseException) -> bool:
 
 def _passes(error: BaseException) -> bool:
     module = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | TimeoutError) or module in ("aiohttp", "requests", "urllib3")
+    asked_through = ("aiohttp", "requests", "urllib3", "botocore")
+    return isinstance(error, OSError | TimeoutError) or module in asked_through
 
 
 def unreachable(place: RemotePath, error: BaseException, attempts: int = 1) -> Unreachable:
@@ -395,19 +401,27 @@ def sizes(directory: Path | RemotePath) -> dict[str, int]:
 
 
 def check_writable(directory: RemotePath) -> None:
-    """Raises Unreachable unless a run can be written there: checkpoints need TensorStore, and
-    objects must be written, listed and deleted."""
-    if not has_arrays(directory):
+    """Raises Unreachable unless a run can be written there: to an object store, by somebody who may
+    write, list and delete."""
+    if directory.scheme in _NO_OBJECT_STORES:
         raise Unreachable(
-            f"{directory}: checkpoints are written to a local or mounted directory and to gs://, "
-            f"not to {directory.scheme}://. Name one of these, or mount it."
+            f"{directory}: a run is written to a local or mounted directory or to an object store "
+            "(gs://, s3://, abfs://, ...), where a file is whole as soon as it is there, not to "
+            f"{directory.scheme}://. Name one of these, or mount it."
         )
-    probe = directory / f".probe-{os.getpid()}-{time.time_ns()}"
+    # In a directory that was not made: a store that needs one is none of objects.
+    probe = directory / f".probe-{os.getpid()}-{time.time_ns()}" / "file"
     try:
         probe.write_text("")
+        listed = [path.name for path in probe.parent.iterdir()]
         probe.unlink()
     except FileNotFoundError:
         raise Unreachable(
             f"{directory}: there is no bucket {directory.bucket}; create it, in the region of the "
             "machines, or mend the name."
         ) from None
+    if listed != [probe.name]:
+        raise Unreachable(
+            f"{directory}: the store does not list what was just written, without which no run "
+            "knows its checkpoints. Name another place, or mount it."
+        )

@@ -72,7 +72,7 @@ class FakeGcs:
         self.lock = threading.RLock()
         self._generations = itertools.count(1)
         self._uploads: dict[str, tuple[str, str, bytearray]] = {}
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = Server(("127.0.0.1", 0), _Handler)
         self._server.fake = self
 
     @property
@@ -128,10 +128,10 @@ def shared() -> FakeGcs:
     return server
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
-    fake: FakeGcs
+    fake: Any
 
     def handle_error(self, *_: Any) -> None:
         """A client that does not wait for its answer is nothing to tell."""
@@ -140,7 +140,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: _Server
+    server: Server
 
     def log_message(self, *_: Any) -> None:
         pass

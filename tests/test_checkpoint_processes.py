@@ -79,6 +79,46 @@ FAILURE = """
         print(json.dumps({"saved": saved, "told": told, "seconds": seconds}), flush=True)
 """
 
+# Each process uploads its parts; it is a local directory, but nobody here knows.
+STORE = """
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+        from llamapro_jax.remote import as_path
+
+        class Elsewhere(LocalFileSystem):
+            protocol, refused = "elsewhere", False
+            def __init__(self, **settings):
+                super().__init__(**{**settings, "auto_mkdir": True})
+            @classmethod
+            def _strip_protocol(cls, path):
+                return super()._strip_protocol("/" + path.removeprefix("elsewhere://").lstrip("/"))
+            def put_file(self, *files, **settings):
+                if self.refused:
+                    raise PermissionError("this process alone")
+                super().put_file(*files, **settings)
+
+        fsspec.register_implementation("elsewhere", Elsewhere)
+        store = as_path(f"elsewhere://{directory}")
+        with Checkpoints(store, 3, lambda *failed: told.append(failed)) as checkpoints:
+            saved = [save(checkpoints, 1)]
+            Elsewhere.refused = not is_first()
+            saved.append(save(checkpoints, 2))
+            Elsewhere.refused = False
+            saved.append(save(checkpoints, 3))
+        seconds = time.monotonic() - began
+        def damage():
+            file = store / "3/trainable/new.0.q/0.0.3.0"
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(bytes(data))
+        from_first(damage)
+        wanted = abstract((tree(0), optimizer()))
+        found = restore_newest(store, *wanted, lambda *aside: told.append(aside))
+        same = checksums(found.trainable) == checksums(tree(1))
+        told = {"saved": saved, "step": found.step, "same": same, "told": told, "seconds": seconds}
+        print(json.dumps(told), flush=True)
+"""
+
 
 ERROR = """
         with Checkpoints(directory, 3) as checkpoints:
@@ -134,6 +174,26 @@ def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path: Path) -
     [[step, reason]] = results[0]["told"]
     assert step == 2 and "File too large" in reason
     assert committed_steps(tmp_path / "checkpoints") == [1, 3]
+
+
+@pytest.mark.slow
+def test_two_processes_share_nothing_but_a_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An upload fails on one, and a bit flips in what the other one wrote."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    results = [found for [found] in in_two(tmp_path, STORE)]
+    for found in results:
+        assert found["saved"] == [True, False, True]
+        assert (found["step"], found["same"]) == (1, True)
+        assert found["seconds"] < 100
+    # The first process tells of its failed saves, and both of the step that was set aside.
+    failed, aside = results[0]["told"]
+    assert failed[0] == 2 and "this process alone" in failed[1]
+    assert results[1]["told"] == [aside] and aside[0] == 3 and "trainable new.0.q" in aside[1]
+    assert committed_steps(tmp_path / "checkpoints") == [1]
+    assert steps_set_aside(tmp_path / "checkpoints") == ["3.damaged"]
+    assert not list((tmp_path / "cache").rglob(".scratch-*"))
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ def test_the_node_pools_are_what_gcloud_takes(tmp_path: Path) -> None:
     [
         ([], {"claim": None}, "output: 'runs/llama2_7b_pro' needs storage .*give --claim NAME"),
         (["output=/tmp/run"], {}, "output: '/tmp/run' is in the container and lost with it"),
-        (["output=s3://b/run"], {}, "output: 's3://b/run': a run writes to gs://"),
+        (["output=hdfs://b/run"], {}, "output: 'hdfs://b/run': a run writes to gs://"),
         (["model=/models/a"], {}, "model: '/models/a' is in the container"),
         (["output=/database/run"], {}, "output: '/database/run' is in the container"),
         ([], {"bucket": "b"}, "--claim and --bucket: both"),

@@ -153,8 +153,8 @@ def test_a_bucket_that_is_missing_is_named(bucket: FakeGcs) -> None:
     assert bucket.names() == []
 
 
-def test_a_run_is_not_written_where_tensorstore_does_not_write() -> None:
-    with pytest.raises(Unreachable, match="checkpoints are written to .*gs://.*not to memory://"):
+def test_a_run_is_not_written_to_what_is_no_object_store() -> None:
+    with pytest.raises(Unreachable, match="a run is written to .*gs://.*not to memory://"):
         check_writable(as_path("memory://store/here"))
 
 

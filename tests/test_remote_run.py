@@ -245,7 +245,7 @@ def test_a_place_that_holds_something_else_is_refused(work: Path, bucket: FakeGc
 
 @pytest.mark.usefixtures("cheap")
 def test_a_scheme_that_no_run_is_written_to_is_refused(work: Path) -> None:
-    with pytest.raises(UserError, match="checkpoints are written to .* not to memory://"):
+    with pytest.raises(UserError, match="a run is written to .* not to memory://"):
         train(config_of(work, "memory://runs/a"))
 
 

@@ -123,8 +123,11 @@ def _check_paths(config: RunConfig, mounted: str | None) -> None:
     places |= {f"data.eval.{n}.path": source.path for n, source in enumerate(data.eval)}
     places["data.cache_directory"] = data.cache_directory or ""
     for setting, place in places.items():
-        if setting == "output" and "://" in place and not place.startswith("gs://"):
-            raise UserError(f"output: {place!r}: a run writes to gs:// or to a mounted path.")
+        if setting == "output" and "://" in place and not place.startswith(_REMOTE):
+            raise UserError(
+                f"output: {place!r}: a run writes to gs://, to s3:// (where the image has s3fs) or "
+                "to a mounted path."
+            )
         if place.startswith(_REMOTE):
             continue
         if place.startswith("/") and not f"{place}/".startswith(f"{DATA}/"):
