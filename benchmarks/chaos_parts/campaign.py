@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -27,6 +28,8 @@ _STEPS_TO_DAMAGE = 3
 _LAST_BAD_RECORD = 24
 # Steps whose loss is NaN: alone, and too many in a row.
 _ALONE, _IN_A_ROW = (7, 19), (30, 31, 32)
+# Steps of a run that is stopped for what can be done to it at rest.
+_BETWEEN_RESTS = 4
 _DISK_MEGABYTES = 40
 _TRIES = 3
 
@@ -125,9 +128,19 @@ class Campaign:
                         return self.ended_of(lap, group, outcome)
                 if waiting and self.end(lap, group, waiting.popleft()):
                     return False
+                if ending is None and len(self.at_rest):
+                    self.stop(lap, group)
             except Ended:
                 self.again(waiting, ending)
             return self.ended(lap, group)
+
+    def stop(self, lap: Lap, group: Group) -> None:
+        """No fault, where only those are left that need a run at rest: it is asked to stop."""
+        step = lap.outside.last_step() + _BETWEEN_RESTS
+        if step < STEPS - _BETWEEN_RESTS:
+            group.until(lambda: lap.outside.last_step() >= step)
+            group.signal(0, signal.SIGTERM)
+            lap.asked_to_stop = True
 
     def again(self, waiting: deque[Fault], ending: Fault | None) -> None:
         """The processes ended before these had their turn."""
@@ -252,7 +265,8 @@ class Campaign:
         """When nothing is left to do to it. Returns whether the run is finished."""
         statuses = group.wait()
         lap.ended(group)
-        if any(statuses):
+        asked, lap.asked_to_stop = lap.asked_to_stop, False
+        if any(statuses) and not (asked and statuses == [exit_codes.PREEMPTED] * group.layout):
             lap.went_by_itself(group, statuses)
         return not any(statuses)
 

@@ -54,7 +54,8 @@ class Lap:
     expected: the steps that the next go may go on from, the newest one first; None: any, as of a
     run that has no step yet. open: faults whose outcome shows in the next go. next: processes that
     run already, and are the next go. by_itself: how often processes ended that nothing was done
-    to. stalls_at: the step that a driver's loader stalls at.
+    to. stalls_at: the step that a driver's loader stalls at. asked_to_stop: whether this go was,
+    which is no fault.
     """
 
     around: Surroundings
@@ -71,6 +72,7 @@ class Lap:
     goes: int = 0
     by_itself: int = 0
     stalls_at: int = 0
+    asked_to_stop: bool = False
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
