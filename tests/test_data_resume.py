@@ -124,7 +124,7 @@ import os, sys
 from pathlib import Path
 from batch_record import record
 from llamapro_jax import cli
-from llamapro_jax.launch.processes import INDEX
+from llamapro_jax.launch.surroundings import INDEX
 from llamapro_jax.training import loop
 directory, stop = Path(sys.argv[1]), int(sys.argv[2])
 directory.mkdir(exist_ok=True)
