@@ -235,7 +235,7 @@ def test_what_is_not_compared_yet_is_left_out_of_a_table(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "goal"),
     [
-        (lambda r: r.fault(outcome(1, lost=3)), "saved steps lost"),
+        (lambda r: r.fault(outcome(1, lost=2)), "checkpoints lost"),
         (lambda r: r.fault(outcome(1, wrong=["ended with 1"])), "everything else"),
         (lambda r: r.run("run-2", [0], [1], ["the log differs"]), "everything else"),
         (lambda r: r.fault(outcome(2)), "losses and final bits"),

@@ -181,7 +181,7 @@ def end_by_signal(lap: Lap, group: Group, fault: Fault) -> Outcome:
         _expect(outcome, group, outcome.statuses == [exit_codes.PREEMPTED] * group.layout)
         if fault.where != COMPILE and saved < [step]:
             outcome.wrong.append(f"step {step} was done, and the newest saved is {saved}")
-    outcome.lost = max(0, sum(newest) - sum(saved))
+    outcome.lost = int(saved < newest)
     outcome.again = max(0, step - (saved[0] if saved else 0))
     outcome.seen = "recovered"
     return outcome
