@@ -41,7 +41,7 @@ esac
 """,
 }
 # Trains nothing: counts until there is a file `finish`, saves each second step, and hears SIGTERM,
-# all hosts together.
+# all hosts together: as in training, no step is taken before all are there.
 TRAINER = """\
 import os, pathlib, signal, sys, time
 output = pathlib.Path(sys.argv[-1].partition("=")[2])
@@ -50,6 +50,8 @@ step = began = int((output / "step").read_text()) if (output / "step").exists() 
 stop = output / f"stop-{began}"
 signal.signal(signal.SIGTERM, lambda *_: stop.touch())
 (output / f"ready-{os.environ['JAX_PROCESS_ID']}-{began}").touch()
+while first and len([*output.glob(f"ready-*-{began}")]) < int(os.environ["HOSTS"]):
+    time.sleep(0.05)
 if first:
     with (output / "starts").open("a") as file:
         file.write(f"{began}\\n")
@@ -171,6 +173,7 @@ class Gcloud:
             "HOME": str(host),
             "HOST_DIRECTORY": str(host),
             "JAX_PROCESS_ID": str(index),
+            "HOSTS": str(len(self._hosts())),
         }
         return subprocess.Popen(
             ["bash", "-c", command.replace(OPT, str(host / "opt"))],
