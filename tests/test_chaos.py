@@ -89,6 +89,7 @@ def test_files_of_a_step_are_told_apart(tmp_path: Path) -> None:
     found = {kind: [str(f.relative_to(step)) for f in group] for kind, group in files(step).items()}
     assert set(found) == set(plan.FILES)
     assert found[plan.SHAPES] == ["trainable/new.1.q/.zarray"]
+    assert found[plan.TRAINED] == ["trainable/new.1.q/0.0.0.0"]
     assert found[plan.MOMENTS] == ["optimizer/mu.new.1.q/0.0.0.0"]
     assert found[plan.META] == ["meta/metadata"] and found[plan.COMMIT] == ["commit_success.txt"]
 

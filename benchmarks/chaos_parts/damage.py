@@ -35,6 +35,8 @@ def _kind(file: Path) -> str:
         return COMMIT
     if file.parts == ("meta", "metadata"):
         return META
+    if file.parts[1:2] == ("array_metadatas",):  # one for each process that saved
+        return ORBAX
     if file.parts[0] in (TRAINABLE, OPTIMIZER) and len(file.parts) == 3:
         if file.name == ".zarray":
             return SHAPES
